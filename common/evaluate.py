@@ -1,0 +1,153 @@
+"""Scores: many/medium/few/all, calibration error, nearest class mean, classifier weight norms."""
+import torch
+import torch.nn.functional as F
+
+
+def shot_groups(class_counts, many=100, few=20):
+    """Masks of the classes with many (> 100), medium (20..100) and few (< 20) training images.
+
+    class_counts: training images per class [C]. Returns {"many", "medium", "few"}: bool tensors [C].
+    Raises ValueError. classifier-balancing@f162ade's boundaries (OLTR's own differ at exactly 100 and 20).
+    """
+    counts = torch.as_tensor(class_counts)
+    if counts.ndim != 1 or len(counts) == 0:
+        raise ValueError(f"class_counts must be a vector with one count a class, got shape {list(counts.shape)}")
+    if few > many:
+        raise ValueError(f"few ({few}) must not exceed many ({many})")
+    return {"many": counts > many, "medium": (counts >= few) & (counts <= many), "few": counts < few}
+
+
+def shot_accuracy(predictions, targets, class_counts):
+    """Top-1 accuracy, overall and by group, in percent.
+
+    predictions, targets: class ids [N]. class_counts: training images per class [C].
+    Returns {"all": over images; "many", "medium", "few": mean over the group's classes of per-class accuracy,
+    None for a group without (tested) classes; "group_sizes": classes in each; "per_class": C percentages, None
+    where the class has no test image}. Raises ValueError.
+    """
+    predictions, targets = torch.as_tensor(predictions).cpu(), torch.as_tensor(targets).cpu()
+    counts = torch.as_tensor(class_counts).cpu()
+    groups = shot_groups(counts)
+    num_classes = len(counts)
+    if predictions.shape != targets.shape or targets.ndim != 1 or len(targets) == 0:
+        raise ValueError(f"predictions {list(predictions.shape)} and targets {list(targets.shape)} must be "
+                         "vectors of one length, not empty")
+    if targets.min() < 0 or targets.max() >= num_classes:
+        raise ValueError(f"targets must lie in 0..{num_classes - 1}")
+    correct = (predictions == targets).double()
+    tested = torch.bincount(targets, minlength=num_classes).double()
+    per_class = 100 * torch.bincount(targets, correct, minlength=num_classes) / tested  # nan where untested
+    scores = {"all": 100 * correct.mean().item()}
+    for name, members in groups.items():
+        accuracies = per_class[members & (tested > 0)]
+        scores[name] = accuracies.mean().item() if len(accuracies) else None
+    scores["group_sizes"] = {name: int(members.sum()) for name, members in groups.items()}
+    scores["per_class"] = [None if n == 0 else a for a, n in zip(per_class.tolist(), tested.tolist())]
+    return scores
+
+
+def calibration_error(probabilities, targets, bins=15):
+    """Expected and maximum calibration error (Guo et al., ICML 2017), in percent.
+
+    probabilities: [N, C], rows summing to 1 (softmax of the logits for every model). targets: [N].
+    Confidence is the largest probability; bins are equal and right-closed, (lo, hi]. Empty bins count as 0.
+    Returns (ece, mce). Raises ValueError.
+    """
+    probabilities, targets = torch.as_tensor(probabilities).cpu(), torch.as_tensor(targets).cpu()
+    if probabilities.dtype != torch.float64:
+        probabilities = probabilities.float()
+    if probabilities.ndim != 2 or targets.shape != probabilities.shape[:1] or len(targets) == 0:
+        raise ValueError(f"probabilities must be [N, C] and targets [N], got {list(probabilities.shape)} and "
+                         f"{list(targets.shape)}")
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    if (probabilities < 0).any() or ((probabilities.sum(1) - 1).abs() > 1e-3).any():
+        raise ValueError("probabilities must be non-negative with rows that sum to 1")
+    confidence, predictions = probabilities.max(1)
+    # Edges i / bins in the confidences' own precision, so that .8 lies on its edge in float32 too;
+    # right=False: edges[i-1] < confidence <= edges[i], and a confidence on an edge falls into the bin below it
+    edges = (torch.arange(bins + 1, dtype=torch.float64) / bins).to(confidence.dtype)
+    index = (torch.bucketize(confidence, edges) - 1).clamp(0, bins - 1)
+    confidence = confidence.double()
+    size = torch.bincount(index, minlength=bins).double()
+    gap = (torch.bincount(index, (predictions == targets).double(), minlength=bins)
+           - torch.bincount(index, confidence, minlength=bins)).abs()
+    return 100 * (gap.sum() / len(targets)).item(), 100 * (gap / size.clamp(min=1)).max().item()
+
+
+def nearest_class_mean(train_features, train_targets, test_features, num_classes):
+    """Classify by the nearest class mean in cosine: means of unit features, made unit length again.
+
+    train_features: [n, D], train_targets: [n], test_features: [N, D]. Returns predictions [N].
+    Raises ValueError for a class without a training feature. CBD (BMVC 2021), appendix A.5.
+    """
+    train_targets = torch.as_tensor(train_targets, device=train_features.device)
+    if train_features.shape[1:] != test_features.shape[1:] or train_targets.shape != train_features.shape[:1]:
+        raise ValueError(f"train features {list(train_features.shape)}, targets {list(train_targets.shape)} and "
+                         f"test features {list(test_features.shape)} do not belong together")
+    if (torch.bincount(train_targets, minlength=num_classes) == 0).any():
+        raise ValueError("a class has no training feature, so it has no mean")
+    means = torch.zeros(num_classes, train_features.shape[1], device=train_features.device)
+    means.index_add_(0, train_targets, F.normalize(train_features.float(), dim=1))  # direction of the sum
+    return (F.normalize(test_features.float(), dim=1) @ F.normalize(means, dim=1).t()).argmax(1)
+
+
+def classifier_weight_norms(weight):
+    """Euclidean norm of every class's weight vector: [C, D] -> a list of C floats."""
+    return weight.detach().float().norm(dim=1).tolist()
+
+
+def scores(logits, targets, class_counts):
+    """What every model is judged by, from its logits [N, C]: all, many, medium, few, ece, mce (percent),
+    group_sizes and per_class_accuracy."""
+    logits = logits.float()
+    result = shot_accuracy(logits.argmax(1), targets, class_counts)
+    result["per_class_accuracy"] = result.pop("per_class")
+    result["ece"], result["mce"] = calibration_error(logits.softmax(1), targets)
+    return result
+
+
+@torch.no_grad()
+def predict(model, batches, autocast):
+    """Run a model in eval mode over batches of (images, targets, ...); `model(images)` returns (logits, features).
+
+    autocast: a function that returns the context to compute in. Returns (logits [n, C], features [n, D], both
+    float32, targets [n]) in the order of the batches. The model is left in eval mode.
+    """
+    model.eval()
+    outputs = []
+    for images, targets, *_ in batches:
+        with autocast():
+            logits, features = model(images)
+        outputs.append((logits.float(), features.float(), targets))
+    return [torch.cat(parts) for parts in zip(*outputs)]
+
+
+@torch.no_grad()
+def class_sums(model, batches, num_classes, autocast):
+    """Sum of the unit features of every class's images [C, D], without keeping the features: divided by the
+    counts, these are the means that `nearest_class_mean` compares with. The model is left in eval mode."""
+    model.eval()
+    sums = None
+    for images, targets, *_ in batches:
+        with autocast():
+            features = model(images)[1]
+        features = F.normalize(features.float(), dim=1)
+        sums = torch.zeros(num_classes, features.shape[1], device=features.device) if sums is None else sums
+        sums.index_add_(0, targets, features)
+    return sums
+
+
+def table(rows):
+    """The final table as text. rows: [(name, scores)], scores a dict with many, medium, few, all, ece, mce and
+    maybe ncm and best_all (percent or None); columns that no row has are left out."""
+    columns = [(key, head) for key, head in
+               (("many", "many"), ("medium", "medium"), ("few", "few"), ("all", "all"), ("ncm", "NCM"),
+                ("ece", "ECE"), ("mce", "MCE"), ("best_all", "best all"))
+               if any(key in row for _, row in rows)]
+    width = max([len(name) for name, _ in rows] + [5])
+    lines = [f"{'':{width}}" + "".join(f"{head:>10}" for _, head in columns)]
+    for name, row in rows:
+        cells = ("-" if row.get(key) is None else f"{row[key]:.1f}" for key, _ in columns)
+        lines.append(f"{name:{width}}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines)

@@ -1,0 +1,115 @@
+"""Residual backbones and the cosine classifier.
+
+A backbone maps images [N, 3, H, W] to pooled features [N, D] and says its D as `.feature_dim`.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+CIFAR_DEPTHS = {"resnet14": 14, "resnet20": 20, "resnet32": 32}
+IMAGENET_ARCHS = ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+ARCHS = (*CIFAR_DEPTHS, *IMAGENET_ARCHS)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut without parameters (option A of He et al., CVPR 2016, section 4.2):
+    every second pixel, the new channels zero, half of them before and half behind the old ones."""
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride, self.new_channels = stride, channels - in_channels
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        if self.stride > 1 or self.new_channels:
+            half = self.new_channels // 2
+            x = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, half, self.new_channels - half))
+        return F.relu(out + x, inplace=True)
+
+
+class CifarResNet(nn.Module):
+    """ResNet of depth 6n + 2 for small images: three groups of n blocks, 16, 32 and 64 channels wide.
+
+    forward: [N, 3, H, W] -> features [N, 64], average-pooled. Raises ValueError for a depth not 6n + 2.
+    He et al., CVPR 2016, section 4.2; initialisation as LDAM-DRW@2536330 (Kaiming normal). ResNet-32 with a
+    linear classifier over 10 classes has 464,154 parameters.
+    """
+    feature_dim = 64
+
+    def __init__(self, depth):
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"a CIFAR ResNet has depth 6n + 2 (14, 20, 32, ...), got {depth}")
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        blocks, in_channels = [], 16
+        for channels in (16, 32, 64):
+            for i in range((depth - 2) // 6):
+                blocks.append(BasicBlock(in_channels, channels, 2 if i == 0 and channels > 16 else 1))
+                in_channels = channels
+        self.blocks = nn.Sequential(*blocks)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, images):
+        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        return self.blocks(x).mean((2, 3))
+
+
+def _torchvision_resnet(arch, image_size):
+    """torchvision's ResNet without its classifier; gamma of each block's last batch norm starts at 0."""
+    from torchvision.models import resnet as tv  # imported here: the CIFAR nets need no torchvision
+    if arch == "resnet10":  # OLTR@f50e375: one basic block a group
+        net = tv.ResNet(tv.BasicBlock, [1, 1, 1, 1], zero_init_residual=True)
+    else:
+        net = getattr(tv, arch)(weights=None, zero_init_residual=True)
+    if image_size <= 64:  # the usual stem for small images: a 7x7 stride-2 one would leave a 1x1 map of 32 pixels
+        net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        net.maxpool = nn.Identity()
+    net.feature_dim = net.fc.in_features
+    net.fc = nn.Identity()
+    return net
+
+
+def build_backbone(arch, image_size=32):
+    """A backbone by name, randomly initialised.
+
+    arch: one of `ARCHS`; resnet14, 20 and 32 are the CIFAR nets, the others torchvision's (bottlenecks v1.5:
+    stride on the 3x3; a 3x3 stem without pooling up to 64 pixels). image_size: side in pixels.
+    Returns a module [N, 3, H, W] -> [N, feature_dim]. Raises ValueError for an unknown name.
+    """
+    if arch in CIFAR_DEPTHS:
+        return CifarResNet(CIFAR_DEPTHS[arch])
+    if arch in IMAGENET_ARCHS:
+        return _torchvision_resnet(arch, image_size)
+    raise ValueError(f"unknown architecture {arch!r}; known: {', '.join(ARCHS)}")
+
+
+class CosineClassifier(nn.Module):
+    """logits = scale * cos(features, W_c), without bias; so |logits| <= scale.
+
+    forward: features [N, D] -> logits [N, C], in float32. scale: the factor gamma; a parameter when
+    learn_scale, else fixed. W is Glorot uniform, as google-research/class_balanced_distillation has it.
+    """
+
+    def __init__(self, feature_dim, num_classes, scale, learn_scale=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_classes, feature_dim))
+        nn.init.xavier_uniform_(self.weight)
+        scale = torch.tensor(float(scale))
+        if learn_scale:
+            self.scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("scale", scale)
+
+    def forward(self, features):
+        # bf16 rounds cosines to 3 digits, so this small product leaves autocast
+        with torch.autocast(features.device.type, enabled=False):
+            return self.scale * F.normalize(features.float(), dim=1) @ F.normalize(self.weight, dim=1).t()

@@ -1,0 +1,356 @@
+"""Device, seeds, torchrun, checkpoints, run folder: nothing that a paper says."""
+import argparse
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+# ---------------------------------------------------------------- bad input
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line `error: ...` on standard error, with exit code 2."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message):
+        fail(message)
+
+
+def fail(message):
+    """End the run: one line `error: ...` on standard error (of rank 0), exit code 2."""
+    if rank() == 0:
+        print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def bad_input(kind=ValueError):
+    """Inside, an exception of that kind (everything here raises ValueError on bad input) ends the run by `fail`."""
+    try:
+        yield
+    except kind as reason:
+        fail(reason)
+
+
+def parse_with_recipe(parser, recipes, dataset_recipe, argv=None):
+    """Parse argv with the chosen recipe's settings as the defaults, so that flags win.
+
+    recipes: {name: {flag with underscores: value, "quick": {...}}}; `quick` holds what --quick changes.
+    dataset_recipe(args): the recipe's name for a data set, used when --recipe is not given.
+    """
+    first = [a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")]
+    known, _ = parser.parse_known_args(first)
+    name = known.recipe or dataset_recipe(known)
+    if name not in recipes:
+        fail(f"unknown recipe {name!r}; known: {', '.join(recipes)}")
+    settings = dict(recipes[name])
+    quick = settings.pop("quick")
+    parser.set_defaults(**{**settings, **(quick if known.quick else {}), "recipe": name})
+    return parser.parse_args(argv)
+
+
+def check_flags(args, device):
+    """Refuse values of the shared flags that cannot work. Raises ValueError."""
+    for flag in ("epochs", "batch_size", "grad_accumulation", "evaluate_every", "second_stage_epochs"):
+        value = getattr(args, flag, None)
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
+    for flag in ("lr", "weight_decay", "second_stage_lr", "time_limit"):
+        value = getattr(args, flag, None)
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(f"--{flag.replace('_', '-')} must be a number that is not negative, got {value}")
+    if args.workers < 0:
+        raise ValueError(f"--workers must not be negative, got {args.workers}")
+    if args.sync_bn and (device.type != "cuda" or ranks() == 1):
+        raise ValueError("--sync-bn needs GPUs and torchrun: torch's SyncBatchNorm has no CPU version")
+
+
+# ---------------------------------------------------------------- device and precision
+
+def choose_device(name="auto"):
+    """The device to run on. "auto": this rank's GPU, else Apple's, else the CPU. Raises ValueError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else \
+            "mps" if torch.backends.mps.is_available() and ranks() == 1 else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+            torch.cuda.set_device(device)
+            torch.backends.cudnn.benchmark = True
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as reason:
+        raise ValueError(f"cannot use the device {name!r}: {str(reason).splitlines()[0]}") from reason
+    return device
+
+
+def supports_bf16(device):
+    """Whether bf16 products run in hardware there, and so pay: Ampere or later; AVX512-BF16, AMX or Arm BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
+        words = set(Path("/proc/cpuinfo").read_text().split())
+        return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+    return False
+
+
+def autocast(device, enabled):
+    """A function that returns a fresh bf16 autocast context, or one that does nothing where bf16 does not pay."""
+    enabled = enabled and supports_bf16(device)
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled) if enabled \
+        else contextlib.nullcontext()
+
+
+def derive_seed(*parts):
+    """A 48-bit seed from anything printable: unlike for unlike parts, the same on every machine and version."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=6).digest(), "big")
+
+
+def generator(*parts):
+    """A CPU random generator seeded by `derive_seed(*parts)`."""
+    return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+# ---------------------------------------------------------------- torchrun
+
+def rank():
+    """This process's number among all that torchrun started, 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def ranks():
+    """How many processes torchrun started on all nodes, 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_ranks(device_name):
+    """Join the other processes when torchrun started this one. Returns the device."""
+    device = choose_device(device_name)
+    if ranks() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(minutes=30))
+    return device
+
+
+def sum_gradients(parameters):
+    """Add up the ranks' gradients, in one transfer. With each rank's loss scaled by its batch's `share`, the sum
+    is the gradient of the mean over the global batch, for uneven last batches too."""
+    if ranks() == 1:
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in grads])
+    dist.all_reduce(flat)
+    for grad, total in zip(grads, flat.split([g.numel() for g in grads])):
+        grad.copy_(total.view_as(grad))
+
+
+def sum_ranks(tensor):
+    """The sum of a tensor over all ranks, in place."""
+    if ranks() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def average_buffers(model):
+    """Make batch norm's running statistics the ranks' mean, so that every rank holds one and the same model."""
+    for buffer in model.buffers():
+        if ranks() > 1 and buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer /= ranks()
+
+
+def gather_ranks(tensor):
+    """The ranks' tensors [n_r, ...], n_r of any size, put one behind the other: [sum n_r, ...], on every rank."""
+    if ranks() == 1:
+        return tensor
+    sizes = torch.zeros(ranks(), dtype=torch.int64, device=tensor.device)
+    sizes[rank()] = len(tensor)
+    sizes = sum_ranks(sizes).tolist()
+    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    padded[:len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+
+def say(text):
+    """Print, on rank 0, without cutting a progress bar."""
+    if rank() == 0:
+        tqdm.write(text)
+
+
+def wait_for_ranks():
+    """Return once every rank is here."""
+    if ranks() > 1:
+        dist.barrier()
+
+
+# ---------------------------------------------------------------- files
+
+def atomic_write(path, write):
+    """Call write(file) on a new file that then takes the place of `path` in one step: a reader, or a crash, sees
+    the old file or the new one. Raises OSError with the path."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def save_checkpoint(path, content):
+    """Write tensors and plain values atomically. Rank 0 alone writes."""
+    if rank() == 0:
+        atomic_write(path, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(path):
+    """Read what `save_checkpoint` wrote, onto the CPU; executes no code from the file. Raises ValueError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as reason:  # torch, zipfile and pickle each raise their own
+        raise ValueError(f"cannot read the checkpoint {path}: {str(reason).splitlines()[0]}") from reason
+
+
+class Run:
+    """The folder that a run writes: log.jsonl, last.pt, result.json and the final weights.
+
+    Opened by `open_run`. `.state` is what `save` last wrote ({} at a fresh start). Only rank 0 writes.
+    """
+
+    def __init__(self, folder, args, state):
+        self.folder, self.args, self.state, self.started = folder, args, state, time.time()
+        self.device = choose_device(args.device)
+        self.seconds_before = state.get("seconds", 0.0)
+
+    def seconds(self):
+        """Seconds of training time so far, over all resumed parts."""
+        return self.seconds_before + time.time() - self.started
+
+    def stop_when_late(self):
+        """End the process once --time-limit (minutes since this process's start) has passed on rank 0's clock."""
+        limit = self.args.time_limit
+        late = limit is not None and rank() == 0 and time.time() - self.started > 60 * limit
+        if sum_ranks(torch.tensor(float(late), device=self.device)).item():
+            say(f"stopped by --time-limit; the same command with --resume --out {self.folder} goes on")
+            sys.exit(0)
+
+    def check_losses(self, losses, stage, epoch, lr):
+        """Make an epoch's losses [steps] the global ones; end the run, naming the first bad step, if one of them
+        is not finite. Returns their mean. This is the one moment of an epoch that waits for the device."""
+        losses = sum_ranks(losses).cpu()
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):
+            last = self.folder / "last.pt"
+            fail(f"the loss of {stage} became {losses[bad[0]].item()} at step {bad[0].item() + 1} of epoch "
+                 f"{epoch + 1} (lr {lr:g} at the epoch's end); try a smaller --lr; last good checkpoint: "
+                 f"{last if last.exists() else 'none yet'}")
+        return losses.mean().item()
+
+    def log(self, **row):
+        """Append one line to log.jsonl."""
+        if rank() == 0:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def save(self, **state):
+        """Write last.pt: `state` replaces what was there, and is `.state` from now on."""
+        lines = (self.folder / "log.jsonl").read_bytes().count(b"\n") if rank() == 0 else 0
+        self.state = {**state, "args": vars(self.args), "seconds": self.seconds(), "log_lines": lines}
+        save_checkpoint(self.folder / "last.pt", self.state)
+
+    def finish(self, method, data, stages):
+        """Write result.json: the last of `stages` is the run's own. Returns its content."""
+        result = {"method": method, "dataset": data.name, "seed": self.args.seed, **stages[-1],
+                  "class_counts": data.class_counts.tolist(), "stages": stages, "seconds": self.seconds(),
+                  "args": vars(self.args), "versions": versions()}
+        if rank() == 0:
+            text = json.dumps(result, indent=1)
+            atomic_write(self.folder / "result.json", lambda file: file.write(text.encode()))
+        return result
+
+
+MAY_CHANGE = ("workers", "device", "compile", "time_limit", "resume", "out", "data_dir")
+
+
+def open_run(args, method):
+    """Make the run's folder, or open it again with --resume.
+
+    Default runs/<method>_<dataset>_seed<seed>, with -2, -3, ... behind it when taken. A named --out that is
+    taken is refused unless --resume, which continues there, or starts if nothing is there. Resuming with other
+    settings is refused. Returns a `Run`. Raises ValueError.
+    """
+    dataset = Path(args.dataset).stem if args.dataset.endswith(".npz") else args.dataset
+    default = f"runs/{method}_{dataset}_seed{args.seed}"
+    folder, number = Path(args.out or default), 2
+    if args.out and folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not args.resume:
+        raise ValueError(f"{folder} is taken; name another --out, or continue it with --resume")
+    while not args.out and not args.resume and folder.exists():
+        folder, number = Path(f"{default}-{number}"), number + 1
+    wait_for_ranks()  # every rank has looked before rank 0 makes the folder
+    state = {}
+    if args.resume and (folder / "last.pt").exists():
+        state = load_checkpoint(folder / "last.pt")
+        saved = json.loads(json.dumps(state["args"]))
+        now = json.loads(json.dumps(vars(args)))
+        differing = [key for key in now if key not in MAY_CHANGE and now[key] != saved.get(key)]
+        if differing:
+            raise ValueError(f"{folder} was started with other settings: " + ", ".join(
+                f"--{key.replace('_', '-')} {saved.get(key)}, now {now[key]}" for key in differing))
+    if rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as reason:
+            raise ValueError(f"cannot make the folder {folder}: {reason.strerror}") from reason
+        log = folder / "log.jsonl"
+        if state:  # lines behind the checkpoint will be written again
+            lines = log.read_bytes().splitlines(keepends=True)[:state["log_lines"]]
+            atomic_write(log, lambda file: file.writelines(lines))
+        else:
+            header = {"argv": sys.argv, "method": method, "args": vars(args), "versions": versions(),
+                      "device": device_name(args.device), "ranks": ranks(), "git_commit": git_commit()}
+            atomic_write(log, lambda file: file.write((json.dumps(header) + "\n").encode()))
+    wait_for_ranks()
+    return Run(folder, args, state)
+
+
+def versions():
+    """What the numbers of a run may depend on: {"python", "torch", "numpy"}."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
+def device_name(name):
+    """The device's name, and on a CPU its threads."""
+    device = choose_device(name)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = "unknown CPU"
+    if Path("/proc/cpuinfo").exists():
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        model = models[0].split(":", 1)[1].strip() if models else platform.machine()
+    return f"{device.type}: {model}, {torch.get_num_threads()} threads"
+
+
+def git_commit():
+    """The commit this code is at, with "+" behind it when files differ from it; None outside a repository."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
