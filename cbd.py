@@ -1,29 +1,30 @@
 """CBD: Class-Balanced Distillation for Long-Tailed Visual Recognition
 (Ahmet Iscen, Andre Araujo, Boqing Gong, Cordelia Schmid; BMVC 2021, arXiv 2104.05279).
 
-Stage one trains K teachers with instance sampling. Stage two trains a student from scratch with class-balanced
-sampling, while its features are pulled towards the teachers' (cosine distance); with K > 1 a linear layer h maps
-them to the width of all teachers' features together. The classifier is a cosine classifier throughout.
+Stage one trains K teachers with instance sampling. Stage two trains a student from scratch with
+class-balanced sampling, while its features are pulled towards the teachers' (cosine distance); with K > 1 a
+linear layer h maps them to the width of all teachers' features together. All classifiers are cosine ones.
 
 Where we depart, [G] being the authors' code, google-research/class_balanced_distillation:
-- paper: the classifier stands on h(v) / here: on relu(h(v)), as in [G]: the teachers' features are not negative.
-- paper: gamma not given / here: 20, fixed, as in [G].
-- paper: lr .2 at batch 256 / [G]: .05 at 128 / here: the paper's.
-- [G]'s weight decay 5e-4 multiplies tf.nn.l2_loss, which halves, and is halved again / here: torch's 2.5e-4, on
-  all parameters, batch norm's included (iNaturalist: 2e-4, so 1e-4).
-- paper: Gaussian noise of sigma .01 for the augmented teacher, absent from [G] / here: on; --noise 0 turns it off.
-- [G]: pixels in [0, 1] / here: minus mean, over standard deviation, which the first batch norm undoes.
-- paper: the loss "is replaced by" logit adjustment / here: --loss logit-adjusted samples by instance, for the
-  log prior must be that of the samples; --student-sampling class-balanced is the other reading.
-- paper: epochs of the re-trained classifier (crt) not given / here: 10, as classifier-balancing@f162ade.
-- paper: hybrid not written out / here: (1 - alpha) CE + alpha (beta l_F + T^2 l_KD).
+- paper: the classifier stands on h(v) / here: on relu(h(v)), as in [G], because the teachers' features, which
+  it is to match, are not negative either.
+- paper: gamma is not given / here: 20, fixed, as in [G].
+- paper: lr .2 at batch 256 ([G]: .05 at batch 128) / here: the paper's.
+- paper: weight decay is not given / here: 2.5e-4 (iNaturalist 1e-4) on all parameters, batch norm's too,
+  because [G] multiplies tf.nn.l2_loss, which halves, by half of 5e-4 (2e-4).
+- paper: noise of sigma .01 for the augmented teacher (none in [G]) / here: on; --noise 0 turns it off.
+- paper: pixels not described ([G]: in [0, 1]) / here: minus mean, over standard deviation.
+- paper: the loss is "replaced by" logit adjustment / here: --loss logit-adjusted then samples by instance,
+  because the log prior must be that of the samples; --student-sampling class-balanced is the other reading.
+- paper: epochs of the re-trained classifier (crt) not given / here: 10, as in classifier-balancing@f162ade.
+- paper: the hybrid is not written out / here: (1 - alpha) CE + alpha (beta l_F + T^2 l_KD).
 - paper: nothing smaller than ImageNet-LT / here: the recipes for small images are ours.
 
-  python cbd.py                                                          # embedded images, 2 minutes, 2 cores
-  python cbd.py --dataset cifar100_lt --teachers 4 --device cuda
-  torchrun --nproc_per_node 8 cbd.py --dataset folder --data-dir /data/imagenet_lt --recipe imagenet_lt --teachers 4
+    python cbd.py                                                     # embedded images, 2 minutes on 2 cores
+    python cbd.py --dataset cifar100_lt --teachers 4
+    torchrun --nproc_per_node 8 cbd.py --dataset folder --data-dir /data/imagenet_lt --teachers 4
 
-What to expect: results/cbd.md.
+What to expect, with commands, hardware and raw logs: results/cbd.md.
 """
 import argparse
 import copy
@@ -91,13 +92,13 @@ def parse_args(argv=None):
     add("--skip-bad-images", action=boolean, default=False, help="leave out files that cannot be decoded")
     add = parser.add_argument_group("method").add_argument
     add("--teachers", type=int, help="K (1 unless kinds or checkpoints say more)")
-    add("--teacher-kinds", nargs="+", choices=["standard", "augmented"], help="one for each teacher (Table 1)")
+    add("--teacher-kinds", nargs="+", choices=["standard", "augmented"], help="one a teacher (Table 1)")
     add("--teacher-checkpoints", nargs="+", metavar="FILE", help="trained teachers, instead of stage one")
     add("--only-teacher", type=int, metavar="I", help="train the I-th teacher, from 1, and stop")
     add("--second-stage", choices=SECOND_STAGES, default="cbd", help="Table 2's and Figure 2's rows")
     add("--second-stage-epochs", type=int, help="(--epochs; finetune and crt: 10)")
     add("--second-stage-lr", type=float, help="(--lr; finetune: .01)")
-    add("--student-augmentation", choices=["standard", "augmented"], default="standard", help="second stage's")
+    add("--student-augmentation", choices=["standard", "augmented"], default="standard", help="of stage two")
     add("--student-sampling", choices=["class-balanced", "instance"],
         help="(class-balanced; with --loss logit-adjusted instance)")
     add("--loss", choices=["ce", "logit-adjusted"], default="ce", help="second stage's classification loss")
@@ -136,8 +137,8 @@ def instance_indices(targets, generator):
 
 
 def class_balanced_indices(targets, generator, length=None):
-    """Every class equally likely, p_j = 1 / c (section 3.2); inside a class a shuffled cycle, so that no image
-    repeats before all of its class were drawn.
+    """Every class equally likely, p_j = 1 / c (section 3.2); inside a class a shuffled cycle, so that no
+    image repeats before all of its class were drawn.
 
     targets: class ids [n]. generator: a CPU torch.Generator. length: indices to draw (None: n).
     Returns int64 [length]. Raises ValueError.
@@ -145,7 +146,7 @@ def class_balanced_indices(targets, generator, length=None):
     targets = torch.as_tensor(targets)
     length = len(targets) if length is None else length
     if targets.ndim != 1 or len(targets) == 0 or length < 0:
-        raise ValueError(f"targets must be a vector of class ids, not empty, and length at least 0, got shape "
+        raise ValueError(f"targets must be a vector of class ids, not empty, and length not negative, got "
                          f"{list(targets.shape)} and {length}")
     class_sizes = torch.bincount(targets)
     classes = class_sizes.nonzero().flatten()
@@ -189,17 +190,19 @@ def classifier_distillation_loss(logits, targets, teacher_logits, alpha=0.4, tem
     logits, teacher_logits: [N, C]; targets: class ids [N]. Returns a scalar. Raises ValueError.
     """
     if logits.shape != teacher_logits.shape or logits.ndim != 2:
-        raise ValueError(f"logits must both be [N, C], got {list(logits.shape)} and {list(teacher_logits.shape)}")
+        raise ValueError(f"logits must both be [N, C], got {list(logits.shape)} and "
+                         f"{list(teacher_logits.shape)}")
     if not 0 <= alpha <= 1 or not temperature > 0:
-        raise ValueError(f"alpha must lie in [0, 1] and the temperature be positive, got {alpha}, {temperature}")
+        raise ValueError(f"alpha must lie in [0, 1], the temperature above 0, got {alpha}, {temperature}")
     soft_targets = (teacher_logits.float() / temperature).softmax(1)
     l_kd = F.cross_entropy(logits.float() / temperature, soft_targets)
     return (1 - alpha) * F.cross_entropy(logits.float(), targets) + alpha * temperature ** 2 * l_kd  # Eq. (3)
 
 
 def logit_adjusted(logits, class_counts, tau=1.0):
-    """z + tau log prior: cross-entropy on it is the loss of Menon et al. (ICLR 2021), Eq. (10), for samples drawn
-    from that prior. logits: [N, C]; class_counts: [C], all positive. Returns [N, C]. Raises ValueError."""
+    """z + tau log prior: cross-entropy on it is the logit-adjusted loss of Menon et al. (ICLR 2021), for
+    samples drawn from that prior. logits: [N, C]; class_counts: [C], positive. Returns [N, C]. Raises
+    ValueError."""
     if (class_counts <= 0).any() or logits.shape[-1] != len(class_counts):
         raise ValueError("class_counts must hold one positive count for each class")
     return logits + tau * (class_counts / class_counts.sum()).log()
@@ -233,8 +236,8 @@ class CBDNet(nn.Module):
 
 @torch.no_grad()
 def teacher_outputs(teachers, images):
-    """The teachers' targets for a batch: V_hat [N, sum of D_k], each part of unit length, and the mean of their
-    logits [N, C]. The teachers must be in eval mode."""
+    """The teachers' targets for a batch: V_hat [N, sum of D_k], each part of unit length, and the mean of
+    their logits [N, C]. The teachers must be in eval mode."""
     logits, features = zip(*(teacher(images) for teacher in teachers))
     return torch.cat([F.normalize(v.float(), dim=1) for v in features], 1), torch.stack(logits).mean(0)
 
@@ -243,13 +246,13 @@ def save_model(path, model, augmentation, args, data):
     """Write a net with what rebuilds it and prepares its images, and how it was augmented."""
     runtime.save_checkpoint(path, {
         "method": "cbd", "arch": args.arch, "gamma": args.gamma, "image_size": data.image_size,
-        "augmentation": augmentation, "project_to": None if model.h is None else model.feature_dim, "dataset": data.name,
-        "class_names": data.class_names, "mean": data.mean, "std": data.std,
+        "augmentation": augmentation, "project_to": None if model.h is None else model.feature_dim,
+        "dataset": data.name, "class_names": data.class_names, "mean": data.mean, "std": data.std,
         "state_dict": {name: value.cpu() for name, value in model.state_dict().items()}})
 
 
 def load_model(path, arch=None, num_classes=None):
-    """A saved net in eval mode, on the CPU, and what was saved with it (class_names, mean, std, image_size, ...).
+    """A saved net in eval mode, on the CPU, and what was saved with it (class_names, mean, std, ...).
 
     arch, num_classes: refuse a net that has others. Raises ValueError.
     """
@@ -280,12 +283,12 @@ def cosine_lr(step, total_steps, lr):
 def train_stage(name, model, loss_of, sample, augmentation, epochs, lr, data, test_loader, args, run, device):
     """Train those parameters of `model` that require a gradient; a part without any stays in eval mode.
 
-    loss_of(images, targets, logits, features): mean loss of a batch. sample(targets, generator): an epoch's index
-    list. Returns {"best_all": percent, "seconds", "images_per_second"}: training alone, evaluation left out.
+    loss_of(images, targets, logits, features): mean loss of a batch. sample(targets, generator): an epoch's
+    index list. Returns {"best_all": percent, "seconds", "images_per_second"}, evaluation not in the times.
     """
-    loader = make_loader(data.train, data, args.batch_size, device, augmentation,
-                         runtime.derive_seed(args.seed, name, "augmentation"), runtime.rank(), runtime.ranks(),
-                         args.grad_accumulation, args.workers, args.skip_bad_images, args.noise)
+    loader = make_loader(
+        data.train, data, args.batch_size, device, augmentation, runtime.derive_seed(args.seed, name, "images"),
+        runtime.rank(), runtime.ranks(), args.grad_accumulation, args.workers, args.skip_bad_images, args.noise)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=args.weight_decay,
                                 fused=device.type == "cuda")
@@ -293,7 +296,7 @@ def train_stage(name, model, loss_of, sample, augmentation, epochs, lr, data, te
     forward = torch.compile(model) if args.compile else model
     all_targets = torch.from_numpy(data.train.targets)
     steps = math.ceil(len(all_targets) / args.batch_size)  # of an epoch, its last partial batch included
-    state = {"stage": name, "epoch": 0, "best_all": 0.0, "seconds": 0.0}
+    state, done = {"stage": name, "epoch": 0, "best_all": 0.0, "seconds": 0.0}, run.state.get("done", {})
     if run.state.get("stage") == name:  # resumed in the middle of this stage
         state = {key: run.state[key] for key in state}
         model.load_state_dict(run.state["model"])
@@ -327,7 +330,7 @@ def train_stage(name, model, loss_of, sample, augmentation, epochs, lr, data, te
             state["best_all"] = max(state["best_all"], row["all"])
             runtime.say(f"{name}, epoch {epoch + 1} of {epochs}: loss {mean_loss:.3f}, all {row['all']:.1f}")
         run.log(**row)
-        run.save(**state, model=model.state_dict(), optimizer=optimizer.state_dict(), done=run.state.get("done", {}))
+        run.save(**state, model=model.state_dict(), optimizer=optimizer.state_dict(), done=done)
         if epoch + 1 < epochs:
             run.stop_when_late()
     return {"best_all": state["best_all"], "seconds": state["seconds"],
@@ -361,8 +364,8 @@ def ncm_accuracy(means, features, targets):
 
 
 def run_stage(name, file, model, how, data, loaders, args, run, device):
-    """Train a net as `how` says (None: it is a trained one), or load it where a resumed run has finished it; then
-    score it. Returns (the net, frozen; its entry of result.json's stages; what an ensemble needs)."""
+    """Train a net as `how` says (None: it is a trained one), or load it where a resumed run has finished it;
+    then score it. Returns (the net, frozen; its entry of result.json's stages; what an ensemble needs)."""
     done = run.state.get("done", {})
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -370,32 +373,36 @@ def run_stage(name, file, model, how, data, loaders, args, run, device):
     if name in done:
         model.load_state_dict(load_model(run.folder / file)[0].state_dict())
     elif how is not None:
-        done = {**done, name: train_stage(name, model, **how, data=data, test_loader=loaders[1], args=args, run=run,
-                                          device=device)}
+        stats = train_stage(name, model, **how, data=data, test_loader=loaders[1], args=args, run=run,
+                            device=device)
+        done = {**done, name: stats}
         save_model(run.folder / file, model, how["augmentation"], args, data)
         run.save(done=done)
     model.eval().requires_grad_(False)
     result, for_ensemble = assess(model, *loaders, data, args.amp)
-    return model, {"name": name, **result, **done.get(name, {})}, for_ensemble
+    untrained = {"best_all": None, "seconds": None, "images_per_second": None}
+    return model, {"name": name, **result, **done.get(name, untrained)}, for_ensemble
 
 
 # ---------------------------------------------------------------- main
 
 def teacher_kinds(args):
-    """K kinds: as named, else standard and augmented in turn, an odd last one augmented (Table 1's best rows)."""
+    """K kinds: as named, else standard and augmented in turn, an odd last one augmented (Table 1's best)."""
     counts = {len(given) for given in (args.teacher_kinds, args.teacher_checkpoints) if given}
     counts |= set() if args.teachers is None else {args.teachers}
     if len(counts) > 1:
-        raise ValueError("--teachers, --teacher-kinds and --teacher-checkpoints disagree on the number of teachers")
+        raise ValueError("--teachers, --teacher-kinds and --teacher-checkpoints disagree on how many there are")
     num_teachers = counts.pop() if counts else 1
     if num_teachers < 1:
         raise ValueError(f"--teachers must be at least 1, got {num_teachers}")
-    if not (0 <= args.alpha <= 1 and args.beta >= 0 and args.gamma > 0 and args.temperature > 0 and args.noise >= 0):
-        raise ValueError("--alpha lies in [0, 1], --beta and --noise are not negative, --gamma and --temperature "
-                         "are positive")
-    if args.only_teacher is not None and (args.teacher_checkpoints or not 1 <= args.only_teacher <= num_teachers):
-        raise ValueError(f"--only-teacher trains one of the {num_teachers} teachers, counted from 1 and without "
-                         f"--teacher-checkpoints; got {args.only_teacher}")
+    positive = min(args.gamma, args.temperature) > 0
+    if not (0 <= args.alpha <= 1 and min(args.beta, args.noise) >= 0 and positive):
+        raise ValueError("--alpha must lie in [0, 1], --beta and --noise must not be negative, --gamma and "
+                         "--temperature must be positive")
+    only = args.only_teacher
+    if only is not None and (args.teacher_checkpoints or not 1 <= only <= num_teachers):
+        raise ValueError(f"--only-teacher trains one of the {num_teachers} teachers, counted from 1 and "
+                         f"without --teacher-checkpoints; got {only}")
     kinds = args.teacher_kinds or [("standard", "augmented")[i % 2] for i in range(num_teachers)]
     if args.teacher_kinds is None and num_teachers > 1 and num_teachers % 2:
         kinds[-1] = "augmented"
@@ -413,7 +420,7 @@ def main(args):
             raise ValueError(f"{data.name} has no validation images; leave out --evaluate-on val")
         loaders = [make_loader(part, data, 256, device, workers=args.workers, skip_bad=args.skip_bad_images)
                    for part in (data.train, split)]
-        split_batches(1, args.batch_size, 0, runtime.ranks(), args.grad_accumulation)  # refuses what it cannot cut
+        split_batches(1, args.batch_size, 0, runtime.ranks(), args.grad_accumulation)  # raises if it cannot
         trained = [load_model(path, args.arch, data.num_classes) for path in args.teacher_checkpoints or []]
         if args.evaluate:
             model, _ = load_model(args.evaluate, num_classes=data.num_classes)
@@ -462,7 +469,7 @@ def run_stages(args, data, loaders, kinds, trained, run, device):
     # Stage two: a student from scratch, class-balanced sampling, Eq. (2) to (4); or a baseline
     second, adjusted = args.second_stage, args.loss == "logit-adjusted"
     name = f"{second}, K={len(teachers)}" if second in DISTILLING else second
-    if second in FROM_TEACHER:  # the first teacher goes on: all of it, or a new classifier on its frozen features
+    if second in FROM_TEACHER:  # the first teacher goes on: all of it, or a new classifier on what is frozen
         name += f" of {kinds[0] if not trained else trained[0][1]['augmentation']}"
         model = copy.deepcopy(teachers[0]).requires_grad_(second == "finetune")
         if second == "crt":

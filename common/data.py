@@ -89,7 +89,7 @@ class Images:
 
 @dataclass
 class ImageFiles:
-    """A split of image files. paths: utf-8 bytes [n] (one flat array, so workers share it); targets: int64 [n]."""
+    """A split of image files. paths: bytes [n] in one flat array, which workers share; targets: int64 [n]."""
     paths: np.ndarray
     targets: np.ndarray
 
@@ -168,9 +168,8 @@ def _cifar(name, data_dir, imb_factor, seed):
     long_tail_counts(1, 1, factor)  # a bad factor is refused before anything is downloaded
     images, targets, class_names = _torchvision_set(class_name, data_dir, what, train=True)
     test_images, test_targets, _ = _torchvision_set(class_name, data_dir, what, train=False)
-    num_classes = len(class_names)
-    # n_max = n / C and the classes in id order, as LDAM-DRW has it
-    kept = cut_to_long_tail(targets, num_classes, factor, len(targets) / num_classes, range(num_classes), seed)
+    C = len(class_names)  # n_max = n / C and the classes in id order, as LDAM-DRW has it
+    kept = cut_to_long_tail(targets, C, factor, n_max=len(targets) / C, order=range(C), seed=seed)
     return Dataset(name, Images(images[kept], targets[kept]), None, Images(test_images, test_targets),
                    class_names, CIFAR_MEAN, CIFAR_STD, 32)
 
@@ -183,8 +182,9 @@ def _fashion_mnist(name, data_dir, imb_factor, seed):
     test_images, test_targets, _ = _torchvision_set("FashionMNIST", data_dir, what, train=False)
     kept = cut_to_long_tail(targets, 10, factor, len(targets) / 10, FASHION_ORDER, seed)
     train = _as_rgb(images[kept], border=2)
-    return Dataset(name, Images(train, targets[kept]), None, Images(_as_rgb(test_images, border=2), test_targets),
-                   class_names, *_channel_statistics(train), 32)
+    test = Images(_as_rgb(test_images, border=2), test_targets)
+    train = Images(train, targets[kept])
+    return Dataset(name, train, None, test, class_names, *_channel_statistics(train.images), 32)
 
 
 def _npz(name, path, imb_factor, seed, border=0):
@@ -195,7 +195,8 @@ def _npz(name, path, imb_factor, seed, border=0):
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except Exception as reason:  # zipfile, zlib and numpy each raise their own for a damaged file
-        raise ValueError(f"{path} is not a readable .npz file ({' '.join(str(reason).split())[:100]})") from reason
+        why = " ".join(str(reason).split())[:100]
+        raise ValueError(f"{path} is not a readable .npz file ({why})") from reason
     missing = [key for key in ("x_train", "y_train", "x_test", "y_test") if key not in arrays]
     if missing or ("x_val" in arrays) != ("y_val" in arrays):
         raise ValueError(f"{path} lacks {', '.join(missing) or 'one of x_val and y_val'}: it must hold "
@@ -205,7 +206,7 @@ def _npz(name, path, imb_factor, seed, border=0):
         if f"x_{part}" not in arrays:
             continue
         images, targets = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
+        if images.dtype != np.uint8 or not (images.ndim == 3 or images.ndim == 4 and images.shape[3] == 3):
             raise ValueError(f"{path}: x_{part} must be uint8 [n, H, W] or [n, H, W, 3], "
                              f"it is {images.dtype} {list(images.shape)}")
         if targets.dtype.kind not in "iu" or targets.shape != images.shape[:1]:

@@ -11,7 +11,7 @@ def shot_groups(class_counts, many=100, few=20):
     """
     counts = torch.as_tensor(class_counts)
     if counts.ndim != 1 or len(counts) == 0:
-        raise ValueError(f"class_counts must be a vector with one count a class, got shape {list(counts.shape)}")
+        raise ValueError(f"class_counts must be a vector, one count a class, got shape {list(counts.shape)}")
     if few > many:
         raise ValueError(f"few ({few}) must not exceed many ({many})")
     return {"many": counts > many, "medium": (counts >= few) & (counts <= many), "few": counts < few}
@@ -22,8 +22,8 @@ def shot_accuracy(predictions, targets, class_counts):
 
     predictions, targets: class ids [N]. class_counts: training images per class [C].
     Returns {"all": over images; "many", "medium", "few": mean over the group's classes of per-class accuracy,
-    None for a group without (tested) classes; "group_sizes": classes in each; "per_class": C percentages, None
-    where the class has no test image}. Raises ValueError.
+    None for a group without (tested) classes; "group_sizes": classes in each; "per_class": C percentages,
+    None where the class has no test image}. Raises ValueError.
     """
     predictions, targets = torch.as_tensor(predictions).cpu(), torch.as_tensor(targets).cpu()
     counts = torch.as_tensor(class_counts).cpu()
@@ -65,7 +65,7 @@ def calibration_error(probabilities, targets, bins=15):
         raise ValueError("probabilities must be non-negative with rows that sum to 1")
     confidence, predictions = probabilities.max(1)
     # Edges i / bins in the confidences' own precision, so that .8 lies on its edge in float32 too;
-    # right=False: edges[i-1] < confidence <= edges[i], and a confidence on an edge falls into the bin below it
+    # bucketize: edges[i-1] < confidence <= edges[i], so a confidence on an edge falls into the bin below it
     edges = (torch.arange(bins + 1, dtype=torch.float64) / bins).to(confidence.dtype)
     index = (torch.bucketize(confidence, edges) - 1).clamp(0, bins - 1)
     confidence = confidence.double()
@@ -83,8 +83,8 @@ def nearest_class_mean(train_features, train_targets, test_features, num_classes
     """
     train_targets = torch.as_tensor(train_targets, device=train_features.device)
     if train_features.shape[1:] != test_features.shape[1:] or train_targets.shape != train_features.shape[:1]:
-        raise ValueError(f"train features {list(train_features.shape)}, targets {list(train_targets.shape)} and "
-                         f"test features {list(test_features.shape)} do not belong together")
+        raise ValueError(f"train features {list(train_features.shape)}, targets {list(train_targets.shape)} "
+                         f"and test features {list(test_features.shape)} do not belong together")
     if (torch.bincount(train_targets, minlength=num_classes) == 0).any():
         raise ValueError("a class has no training feature, so it has no mean")
     means = torch.zeros(num_classes, train_features.shape[1], device=train_features.device)
@@ -109,7 +109,8 @@ def scores(logits, targets, class_counts):
 
 @torch.no_grad()
 def predict(model, batches, autocast):
-    """Run a model in eval mode over batches of (images, targets, ...); `model(images)` returns (logits, features).
+    """Run a model in eval mode over batches of (images, targets, ...); `model(images)` returns (logits,
+    features).
 
     autocast: a function that returns the context to compute in. Returns (logits [n, C], features [n, D], both
     float32, targets [n]) in the order of the batches. The model is left in eval mode.
@@ -139,8 +140,8 @@ def class_sums(model, batches, num_classes, autocast):
 
 
 def table(rows):
-    """The final table as text. rows: [(name, scores)], scores a dict with many, medium, few, all, ece, mce and
-    maybe ncm and best_all (percent or None); columns that no row has are left out."""
+    """The final table as text. rows: [(name, scores)], scores a dict with many, medium, few, all, ece, mce
+    and maybe ncm and best_all (percent or None); columns that no row has are left out."""
     columns = [(key, head) for key, head in
                (("many", "many"), ("medium", "medium"), ("few", "few"), ("all", "all"), ("ncm", "NCM"),
                 ("ece", "ECE"), ("mce", "MCE"), ("best_all", "best all"))

@@ -70,7 +70,8 @@ def split_batches(num_indices, batch_size, rank=0, ranks=1, accumulation=1):
 
 def random_crop_flip(padded, indices, uniforms, size):
     """Crop and flip in one gather. padded: uint8 [n, H, W, 3]; indices: [N]; uniforms: [N, 3] in [0, 1).
-    Returns uint8 [N, size, size, 3]. The distribution of RandomCrop(size) of the padded image and a flip at .5.
+    Returns uint8 [N, size, size, 3]. The distribution of RandomCrop(size) of the padded image and a flip at
+    .5.
     """
     room = torch.tensor(padded.shape[1:3], device=padded.device) - size + 1
     corner = (uniforms[:, :2] * room).long()
@@ -90,7 +91,8 @@ def _grey(images):
 
 
 def _shift_hue(images, shift):
-    """images: [N, 3, H, W] in [0, 1]; shift: [N, 1, 1] in turns. Through hue, saturation, value (Smith 1978)."""
+    """images: [N, 3, H, W] in [0, 1]; shift: [N, 1, 1] in turns. Through hue, saturation, value (Smith
+    1978)."""
     red, green, blue = images.unbind(1)
     value, low = images.amax(1), images.amin(1)
     chroma = value - low
@@ -106,9 +108,10 @@ def _shift_hue(images, shift):
 def color_jitter_gray(images, uniforms, strength=1.0):
     """SimCLR's colour distortion: jitter with p = .8, then greyscale with p = .2, drawn per image.
 
-    images: [N, 3, H, W] in [0, 1]; uniforms: [N, 6]. At strength s brightness, contrast and saturation factors
-    are uniform in [1 - .8 s, 1 + .8 s] (from 0 at least), hue shifts in [-.2 s, .2 s] turns, applied in this
-    order (torchvision's ColorJitter draws the order). Chen et al., "Big Self-Supervised Models" (2020).
+    images: [N, 3, H, W] in [0, 1]; uniforms: [N, 6]. At strength s brightness, contrast and saturation
+    factors are uniform in [1 - .8 s, 1 + .8 s] (from 0 at least), hue shifts in [-.2 s, .2 s] turns, applied
+    in this order (torchvision's ColorJitter draws the order). Chen et al., "Big Self-Supervised Models"
+    (2020).
     """
     u = uniforms.t().view(6, -1, 1, 1, 1)
     low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
@@ -130,16 +133,17 @@ class ResidentLoader:
     (those, colour jitter and greyscale, Gaussian noise of sigma `noise` on pixels in [0, 1], clamped).
     """
 
-    def __init__(self, split, mean, std, batch_size, device, augmentation, seed, rank, ranks, accumulation, noise):
+    def __init__(self, split, mean, std, batch_size, device, augmentation, seed, rank, ranks, accumulation,
+                 noise):
         images = torch.from_numpy(split.images).to(device)
         self.size = images.shape[1]
         if augmentation != "none":  # padded once, not per batch
             images = torch.nn.functional.pad(images, (0, 0, *[CROP_PADDING] * 4))
         self.images, self.targets = images, torch.from_numpy(split.targets).to(device)
-        self.mean, self.std, self.device = torch.tensor(mean, device=device), torch.tensor(std, device=device), device
+        self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.batch_size, self.rank, self.ranks, self.accumulation = batch_size, rank, ranks, accumulation
         self.augmentation, self.seed, self.noise = augmentation, seed, noise
-        self.num_images = len(split)
+        self.num_images, self.device = len(split), device
 
     def batches(self, indices, epoch=0):
         """An iterator over this rank's `Batch`es of an epoch over `indices` (int64 [n])."""
@@ -157,12 +161,13 @@ class ResidentLoader:
                 images = random_crop_flip(self.images, chosen, uniforms[here, :3], self.size)
             if self.augmentation == "augmented":
                 images = color_jitter_gray(images.permute(0, 3, 1, 2) / 255, uniforms[here, 3:])
-                images = (images + self.noise * self._normals(images.shape[1:], positions, epoch)).clamp_(0, 1)
-                images = (255 * images).permute(0, 2, 3, 1)
+                images += self.noise * self._normals(images.shape[1:], positions, epoch)
+                images = (255 * images.clamp_(0, 1)).permute(0, 2, 3, 1)
             yield Batch(normalise(images, self.mean, self.std), self.targets[chosen], share, ends_step)
 
     def _normals(self, shape, positions, epoch):
-        """Standard normal noise [N, *shape]: drawn for the global batch, of which the positions take theirs."""
+        """Standard normal noise [N, *shape]: drawn for the global batch, of which the positions take
+        theirs."""
         number, first = divmod(positions.start, self.batch_size)
         generator = torch.Generator(self.device).manual_seed(mix_seed(self.seed, epoch, number))
         drawn = torch.randn(self.batch_size, *shape, generator=generator, device=self.device)
@@ -178,7 +183,8 @@ def mix_seed(*numbers):
 # ---------------------------------------------------------------- streamed
 
 def _file_transform(augmentation, image_size, mean, std, noise):
-    """torchvision v2 transforms of an image file: up to 64 pixels crop and flip, above 64 random resized crops."""
+    """torchvision v2 transforms of an image file: up to 64 pixels crop and flip, above 64 random resized
+    crops."""
     from torchvision.transforms import v2
     flip = v2.RandomHorizontalFlip()
     if augmentation == "none":
@@ -239,8 +245,8 @@ class StreamedLoader:
     `.bad_images` collects what was wrong with it.
     """
 
-    def __init__(self, split, mean, std, batch_size, device, augmentation, seed, rank, ranks, accumulation, noise,
-                 image_size, workers, skip_bad):
+    def __init__(self, split, mean, std, batch_size, device, augmentation, seed, rank, ranks, accumulation,
+                 noise, image_size, workers, skip_bad):
         transform = _file_transform(augmentation, image_size, mean, std, noise)
         self.sampler, self.device, self.skip_bad, self.bad_images = _EpochBatches(), device, skip_bad, set()
         self.batch_size, self.rank, self.ranks, self.accumulation = batch_size, rank, ranks, accumulation
@@ -262,7 +268,8 @@ class StreamedLoader:
                 if not readable:
                     raise UnreadableImage(f"no image of a batch can be decoded, among them {bad[0]}")
                 self.bad_images.update(bad)
-                images, targets, share = images[readable], targets[readable], share * len(readable) / len(reasons)
+                images, targets = images[readable], targets[readable]
+                share *= len(readable) / len(reasons)
             images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
             yield Batch(images, targets.to(self.device, non_blocking=True), share, ends_step)
 

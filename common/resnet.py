@@ -69,7 +69,7 @@ def _torchvision_resnet(arch, image_size):
         net = tv.ResNet(tv.BasicBlock, [1, 1, 1, 1], zero_init_residual=True)
     else:
         net = getattr(tv, arch)(weights=None, zero_init_residual=True)
-    if image_size <= 64:  # the usual stem for small images: a 7x7 stride-2 one would leave a 1x1 map of 32 pixels
+    if image_size <= 64:  # the usual stem for small images: the 7x7 one would leave a 1x1 map of 32 pixels
         net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()

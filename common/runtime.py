@@ -38,7 +38,8 @@ def fail(message):
 
 @contextlib.contextmanager
 def bad_input(kind=ValueError):
-    """Inside, an exception of that kind (everything here raises ValueError on bad input) ends the run by `fail`."""
+    """Inside, an exception of that kind (everything here raises ValueError on bad input) ends the run by
+    `fail`."""
     try:
         yield
     except kind as reason:
@@ -98,7 +99,8 @@ def choose_device(name="auto"):
 
 
 def supports_bf16(device):
-    """Whether bf16 products run in hardware there, and so pay: Ampere or later; AVX512-BF16, AMX or Arm BF16."""
+    """Whether bf16 products run in hardware there, and so pay: Ampere or later; AVX512-BF16, AMX or Arm
+    BF16."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu" and Path("/proc/cpuinfo").exists():
@@ -108,14 +110,16 @@ def supports_bf16(device):
 
 
 def autocast(device, enabled):
-    """A function that returns a fresh bf16 autocast context, or one that does nothing where bf16 does not pay."""
+    """A function that returns a fresh bf16 autocast context, or one that does nothing where bf16 does not
+    pay."""
     enabled = enabled and supports_bf16(device)
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled) if enabled \
         else contextlib.nullcontext()
 
 
 def derive_seed(*parts):
-    """A 48-bit seed from anything printable: unlike for unlike parts, the same on every machine and version."""
+    """A 48-bit seed from anything printable: unlike for unlike parts, the same on every machine and
+    version."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=6).digest(), "big")
 
 
@@ -146,8 +150,8 @@ def start_ranks(device_name):
 
 
 def sum_gradients(parameters):
-    """Add up the ranks' gradients, in one transfer. With each rank's loss scaled by its batch's `share`, the sum
-    is the gradient of the mean over the global batch, for uneven last batches too."""
+    """Add up the ranks' gradients, in one transfer. With each rank's loss scaled by its batch's `share`, the
+    sum is the gradient of the mean over the global batch, for uneven last batches too."""
     if ranks() == 1:
         return
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -165,7 +169,8 @@ def sum_ranks(tensor):
 
 
 def average_buffers(model):
-    """Make batch norm's running statistics the ranks' mean, so that every rank holds one and the same model."""
+    """Make batch norm's running statistics the ranks' mean, so that every rank holds one and the same
+    model."""
     for buffer in model.buffers():
         if ranks() > 1 and buffer.is_floating_point():
             dist.all_reduce(buffer)
@@ -173,7 +178,8 @@ def average_buffers(model):
 
 
 def gather_ranks(tensor):
-    """The ranks' tensors [n_r, ...], n_r of any size, put one behind the other: [sum n_r, ...], on every rank."""
+    """The ranks' tensors [n_r, ...], n_r of any size, put one behind the other: [sum n_r, ...], on every
+    rank."""
     if ranks() == 1:
         return tensor
     sizes = torch.zeros(ranks(), dtype=torch.int64, device=tensor.device)
@@ -201,8 +207,8 @@ def wait_for_ranks():
 # ---------------------------------------------------------------- files
 
 def atomic_write(path, write):
-    """Call write(file) on a new file that then takes the place of `path` in one step: a reader, or a crash, sees
-    the old file or the new one. Raises OSError with the path."""
+    """Call write(file) on a new file that then takes the place of `path` in one step: a reader, or a crash,
+    sees the old file or the new one. Raises OSError with the path."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     with open(part, "wb") as file:
@@ -242,7 +248,8 @@ class Run:
         return self.seconds_before + time.time() - self.started
 
     def stop_when_late(self):
-        """End the process once --time-limit (minutes since this process's start) has passed on rank 0's clock."""
+        """End the process once --time-limit (minutes since this process's start) has passed on rank 0's
+        clock."""
         limit = self.args.time_limit
         late = limit is not None and rank() == 0 and time.time() - self.started > 60 * limit
         if sum_ranks(torch.tensor(float(late), device=self.device)).item():
@@ -250,8 +257,9 @@ class Run:
             sys.exit(0)
 
     def check_losses(self, losses, stage, epoch, lr):
-        """Make an epoch's losses [steps] the global ones; end the run, naming the first bad step, if one of them
-        is not finite. Returns their mean. This is the one moment of an epoch that waits for the device."""
+        """Make an epoch's losses [steps] the global ones; end the run, naming the first bad step, if one of
+        them is not finite. Returns their mean. This is the one moment of an epoch that waits for the
+        device."""
         losses = sum_ranks(losses).cpu()
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
@@ -291,8 +299,8 @@ def open_run(args, method):
     """Make the run's folder, or open it again with --resume.
 
     Default runs/<method>_<dataset>_seed<seed>, with -2, -3, ... behind it when taken. A named --out that is
-    taken is refused unless --resume, which continues there, or starts if nothing is there. Resuming with other
-    settings is refused. Returns a `Run`. Raises ValueError.
+    taken is refused unless --resume, which continues there, or starts if nothing is there. Resuming with
+    other settings is refused. Returns a `Run`. Raises ValueError.
     """
     dataset = Path(args.dataset).stem if args.dataset.endswith(".npz") else args.dataset
     default = f"runs/{method}_{dataset}_seed{args.seed}"
@@ -340,17 +348,18 @@ def device_name(name):
         return torch.cuda.get_device_name(device)
     model = "unknown CPU"
     if Path("/proc/cpuinfo").exists():
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        model = models[0].split(":", 1)[1].strip() if models else platform.machine()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        model = models[0] if models else platform.machine()
     return f"{device.type}: {model}, {torch.get_num_threads()} threads"
 
 
 def git_commit():
     """The commit this code is at, with "+" behind it when files differ from it; None outside a repository."""
-    here = Path(__file__).parent
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")

@@ -21,7 +21,8 @@ FILES = {part: (f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.g
 
 
 def read_fashion_mnist(source, part):
-    """uint8 images [n, 28, 28] and labels [n] of one part of Fashion-MNIST (idx files: 16 and 8 header bytes)."""
+    """uint8 images [n, 28, 28] and labels [n] of one part of Fashion-MNIST (idx files: 16 and 8 header
+    bytes)."""
     images, labels = (gzip.decompress((Path(source) / name).read_bytes()) for name in FILES[part])
     return (np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28),
             np.frombuffer(labels, np.uint8, offset=8))
@@ -43,7 +44,7 @@ def fashion_lt(source):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--source", help="folder of the four *-ubyte.gz files; downloads them if left out")
     parser.add_argument("--out", default=str(Path(__file__).parent / "fashion_lt.npz"))
     args = parser.parse_args(argv)
