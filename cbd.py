@@ -286,9 +286,9 @@ def train_stage(name, model, loss_of, sample, augmentation, epochs, lr, data, te
     loss_of(images, targets, logits, features): mean loss of a batch. sample(targets, generator): an epoch's
     index list. Returns {"best_all": percent, "seconds", "images_per_second"}, evaluation not in the times.
     """
-    loader = make_loader(
-        data.train, data, args.batch_size, device, augmentation, runtime.derive_seed(args.seed, name, "images"),
-        runtime.rank(), runtime.ranks(), args.grad_accumulation, args.workers, args.skip_bad_images, args.noise)
+    seed = runtime.derive_seed(args.seed, name, "augmentation")
+    loader = make_loader(data.train, data, args.batch_size, device, augmentation, seed, runtime.rank(),
+                         runtime.ranks(), args.grad_accumulation, args.workers, args.skip_bad_images, args.noise)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=args.weight_decay,
                                 fused=device.type == "cuda")
@@ -391,7 +391,7 @@ def teacher_kinds(args):
     counts = {len(given) for given in (args.teacher_kinds, args.teacher_checkpoints) if given}
     counts |= set() if args.teachers is None else {args.teachers}
     if len(counts) > 1:
-        raise ValueError("--teachers, --teacher-kinds and --teacher-checkpoints disagree on how many there are")
+        raise ValueError("--teachers, --teacher-kinds and --teacher-checkpoints must agree on K")
     num_teachers = counts.pop() if counts else 1
     if num_teachers < 1:
         raise ValueError(f"--teachers must be at least 1, got {num_teachers}")
