@@ -288,7 +288,8 @@ def train_stage(name, model, loss_of, sample, augmentation, epochs, lr, data, te
     """
     seed = runtime.derive_seed(args.seed, name, "augmentation")
     loader = make_loader(data.train, data, args.batch_size, device, augmentation, seed, runtime.rank(),
-                         runtime.ranks(), args.grad_accumulation, args.workers, args.skip_bad_images, args.noise)
+                         runtime.ranks(), args.grad_accumulation, args.workers, args.skip_bad_images,
+                         args.noise)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=args.weight_decay,
                                 fused=device.type == "cuda")
