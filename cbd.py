@@ -29,6 +29,7 @@ What to expect, with commands, hardware and raw logs: results/cbd.md.
 import argparse
 import copy
 import math
+import os
 import time
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def parse_args(argv=None):
     add("--imb-factor", type=float, help="largest class / smallest class, at least 1")
     add("--subset-seed", type=int, default=0, help="which images are kept; 0 as in LDAM-DRW")
     add("--evaluate-on", choices=["test", "val"], default="test", help="split that is scored")
-    add("--workers", type=int, default=4, help="decoding processes for image files")
+    add("--workers", type=int, default=os.cpu_count(), help="decoding processes for image files, a rank")
     add("--skip-bad-images", action=boolean, default=False, help="leave out files that cannot be decoded")
     add = parser.add_argument_group("method").add_argument
     add("--teachers", type=int, help="K (1 unless kinds or checkpoints say more)")
@@ -322,7 +323,8 @@ def train_stage(name, model, loss_of, sample, augmentation, epochs, lr, data, te
                 optimizer.zero_grad()
                 step += 1
         runtime.average_buffers(model)
-        mean_loss = run.check_losses(losses, name, epoch, group["lr"])  # the epoch's one host sync
+        mean_loss = run.check_losses(  # the epoch's one host sync
+            losses, name, epoch, lambda step: cosine_lr(epoch * steps + step, epochs * steps, lr))
         state.update(epoch=epoch + 1, seconds=state["seconds"] + time.time() - started)
         row = {"stage": name, "epoch": epoch + 1, "loss": mean_loss, "seconds": state["seconds"]}
         if (epoch + 1) % args.evaluate_every == 0 or epoch + 1 == epochs:
@@ -334,6 +336,8 @@ def train_stage(name, model, loss_of, sample, augmentation, epochs, lr, data, te
         run.save(**state, model=model.state_dict(), optimizer=optimizer.state_dict(), done=done)
         if epoch + 1 < epochs:
             run.stop_when_late()
+    for reason in sorted(loader.bad_images):
+        runtime.say(f"left out by --skip-bad-images: {reason}")
     return {"best_all": state["best_all"], "seconds": state["seconds"],
             "images_per_second": epochs * len(all_targets) / state["seconds"]}
 

@@ -69,12 +69,11 @@ def split_batches(num_indices, batch_size, rank=0, ranks=1, accumulation=1):
 # Each takes the random numbers it needs as an argument, so that a caller decides where they come from.
 
 def random_crop_flip(padded, indices, uniforms, size):
-    """Crop and flip in one gather. padded: uint8 [n, H, W, 3]; indices: [N]; uniforms: [N, 3] in [0, 1).
+    """Crop and flip in one gather. padded: uint8 [n, H, H, 3]; indices: [N]; uniforms: [N, 3] in [0, 1).
     Returns uint8 [N, size, size, 3]. The distribution of RandomCrop(size) of the padded image and a flip at
     .5.
     """
-    room = torch.tensor(padded.shape[1:3], device=padded.device) - size + 1
-    corner = (uniforms[:, :2] * room).long()
+    corner = (uniforms[:, :2] * (padded.shape[1] - size + 1)).long()
     span = torch.arange(size, device=padded.device)
     rows = corner[:, :1] + span
     columns = corner[:, 1:] + torch.where(uniforms[:, 2:] < 0.5, span, size - 1 - span)
@@ -132,6 +131,7 @@ class ResidentLoader:
     augmentation: "none", "standard" (random crop with 4 black pixels of padding, random flip) or "augmented"
     (those, colour jitter and greyscale, Gaussian noise of sigma `noise` on pixels in [0, 1], clamped).
     """
+    bad_images = frozenset()  # decoded long ago
 
     def __init__(self, split, mean, std, batch_size, device, augmentation, seed, rank, ranks, accumulation,
                  noise):

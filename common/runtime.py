@@ -256,16 +256,15 @@ class Run:
             say(f"stopped by --time-limit; the same command with --resume --out {self.folder} goes on")
             sys.exit(0)
 
-    def check_losses(self, losses, stage, epoch, lr):
-        """Make an epoch's losses [steps] the global ones; end the run, naming the first bad step, if one of
-        them is not finite. Returns their mean. This is the one moment of an epoch that waits for the
-        device."""
+    def check_losses(self, losses, stage, epoch, lr_at):
+        """Sum an epoch's losses [steps] over the ranks. Ends the run when one of them is not finite, naming the
+        step and its lr, lr_at(step). Returns the mean. An epoch's one moment of waiting for the device."""
         losses = sum_ranks(losses).cpu()
-        bad = (~losses.isfinite()).nonzero()
-        if len(bad):
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        if bad:
             last = self.folder / "last.pt"
-            fail(f"the loss of {stage} became {losses[bad[0]].item()} at step {bad[0].item() + 1} of epoch "
-                 f"{epoch + 1} (lr {lr:g} at the epoch's end); try a smaller --lr; last good checkpoint: "
+            fail(f"the loss of {stage} became {losses[bad[0]].item()} at step {bad[0] + 1} of epoch {epoch + 1}, "
+                 f"lr {lr_at(bad[0]):g}; try a smaller --lr; last good checkpoint: "
                  f"{last if last.exists() else 'none yet'}")
         return losses.mean().item()
 

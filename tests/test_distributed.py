@@ -1,0 +1,50 @@
+"""Two processes under torchrun give one process's numbers."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def images_npz(path, num_images=37):
+    generator = np.random.default_rng(0)
+    targets = np.concatenate([[0, 1, 2], generator.integers(0, 3, num_images - 3)])
+    images = generator.integers(0, 256, (num_images, 8, 8, 3), dtype=np.uint8)
+    np.savez(path, x_train=images, y_train=targets, x_test=images[:11], y_test=targets[:11])
+
+
+def train(tmp_path, name, processes, *flags):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] \
+        if processes > 1 else []
+    subprocess.run([sys.executable, *launcher, str(ROOT / "tests" / "run_without_batch_norm.py"), "cbd",
+                    "--dataset", str(tmp_path / "images.npz"), "--arch", "resnet14", "--epochs", "2", "--lr", "0.003",
+                    "--no-amp", "--device", "cpu", "--evaluate-every", "1", "--out", str(tmp_path / name), *flags],
+                   check=True, env=ENVIRONMENT, timeout=300)
+    lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()[1:]]
+    weights = torch.load(tmp_path / name / "student.pt", weights_only=True)["state_dict"]
+    return lines, weights, json.loads((tmp_path / name / "result.json").read_text())
+
+
+# 37 images: the last batch holds 5 (3 and 2 a rank), or 1 (fewer than there are ranks)
+@pytest.mark.parametrize("batch_size, accumulation", [("8", "1"), ("12", "3")])  # 12 = 2 ranks x 3 parts x 2
+def test_two_ranks_give_one_process_losses_weights_and_scores(tmp_path, batch_size, accumulation):
+    images_npz(tmp_path / "images.npz")
+    flags = ["--teachers", "2", "--batch-size", batch_size]
+    lines, weights, result = train(tmp_path, "one", 1, *flags)
+    lines2, weights2, result2 = train(tmp_path, "two", 2, *flags, "--grad-accumulation", accumulation)
+    assert [line["stage"] for line in lines] == [line["stage"] for line in lines2]
+    for one, two in zip(lines, lines2):
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+        assert one["per_class_accuracy"] == two["per_class_accuracy"]
+    for name in weights:
+        assert torch.allclose(weights[name], weights2[name], atol=1e-5), name
+    for stage, stage2 in zip(result["stages"], result2["stages"]):
+        assert stage["all"] == stage2["all"] and stage["ncm"] == pytest.approx(stage2["ncm"])
+        assert stage["ece"] == pytest.approx(stage2["ece"], abs=1e-3)

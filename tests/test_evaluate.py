@@ -1,0 +1,284 @@
+"""The room common/evaluate.py: groups, accuracy, calibration, nearest class mean, prediction, tables."""
+import contextlib
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from common.data import long_tail_counts
+from common.evaluate import (calibration_error, class_sums, classifier_weight_norms, nearest_class_mean,
+                             predict, scores, shot_accuracy, shot_groups, table)
+
+# ---------------------------------------------------------------- groups and accuracy
+
+
+def test_groups_are_over_100_from_20_to_100_and_under_20():
+    groups = shot_groups([101, 100, 20, 19, 0, 5000])
+    assert groups["many"].tolist() == [True, False, False, False, False, True]
+    assert groups["medium"].tolist() == [False, True, True, False, False, False]
+    assert groups["few"].tolist() == [False, False, False, True, True, False]
+    assert all(mask.dtype == torch.bool for mask in groups.values())
+
+
+def test_groups_take_other_boundaries():
+    groups = shot_groups(np.array([11, 10, 5, 4]), many=10, few=5)
+    assert [groups[name].tolist() for name in ("many", "medium", "few")] == [
+        [True, False, False, False], [False, True, True, False], [False, False, False, True]]
+
+
+@pytest.mark.parametrize("factor, sizes", [(100, (35, 35, 30)), (50, (41, 41, 18)), (10, (69, 31, 0))])
+def test_groups_of_cifar100_lt_have_the_published_sizes(factor, sizes):
+    groups = shot_groups(torch.tensor(long_tail_counts(100, 500, factor)))
+    assert tuple(int(groups[name].sum()) for name in ("many", "medium", "few")) == sizes
+
+
+def test_bad_counts_are_refused():
+    for bad in ([], [[5, 6]], 5):
+        with pytest.raises(ValueError):
+            shot_groups(bad)
+    with pytest.raises(ValueError):
+        shot_groups([5, 6], many=10, few=11)
+
+
+def slow_shot_accuracy(predictions, targets, class_counts):
+    """The definition, one image and one class at a time."""
+    per_class = []
+    for c in range(len(class_counts)):
+        hits = [int(p == t) for p, t in zip(predictions, targets) if t == c]
+        per_class.append(100 * sum(hits) / len(hits) if hits else None)
+    result = {"all": 100 * sum(int(p == t) for p, t in zip(predictions, targets)) / len(targets),
+              "per_class": per_class, "group_sizes": {}}
+    inside = {"many": lambda n: n > 100, "medium": lambda n: 20 <= n <= 100, "few": lambda n: n < 20}
+    for name, belongs in inside.items():
+        members = [c for c, n in enumerate(class_counts) if belongs(n)]
+        tested = [per_class[c] for c in members if per_class[c] is not None]
+        result["group_sizes"][name] = len(members)
+        result[name] = sum(tested) / len(tested) if tested else None
+    return result
+
+
+def same_score(found, expected):
+    return found is None if expected is None else found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("class_counts", [[500, 101, 100, 60, 20, 19, 3], [3, 500, 20, 19, 101, 60, 100],
+                                          [500] * 7, [3, 3, 3, 500, 3, 3, 3]])
+def test_accuracy_is_that_of_a_slow_loop(class_counts):
+    rng = np.random.RandomState(0)
+    for _ in range(5):
+        targets = rng.randint(0, rng.randint(1, 8), 40)  # often not every class is tested
+        predictions = np.where(rng.rand(40) < 0.5, targets, rng.randint(0, 7, 40))
+        expected = slow_shot_accuracy(predictions.tolist(), targets.tolist(), class_counts)
+        for as_type in (torch.tensor, lambda values: values, np.ndarray.tolist):
+            found = shot_accuracy(as_type(predictions), as_type(targets), class_counts)
+            assert sorted(found) == ["all", "few", "group_sizes", "many", "medium", "per_class"]
+            for key in ("all", "many", "medium", "few"):
+                assert same_score(found[key], expected[key])
+            assert found["group_sizes"] == expected["group_sizes"]
+            for a, b in zip(found["per_class"], expected["per_class"], strict=True):
+                assert same_score(a, b)
+
+
+def test_groups_average_classes_and_all_averages_images():
+    # Class 0: 8 of 8 images right; class 1: 0 of 2. Both have many training images.
+    found = shot_accuracy([0] * 10, [0] * 8 + [1] * 2, [200, 150, 50])
+    assert found["all"] == pytest.approx(80) and found["many"] == pytest.approx(50)
+    assert found["medium"] is None  # class 2 was not tested: neither 0 nor nan
+    assert found["few"] is None  # no class has few
+    assert found["group_sizes"] == {"many": 2, "medium": 1, "few": 0}
+    assert found["per_class"] == [pytest.approx(100), 0, None]
+
+
+def test_bad_predictions_are_refused():
+    for predictions, targets in (([0, 1], [0]), ([], []), ([[0]], [[0]]), ([0], [2]), ([0], [-1])):
+        with pytest.raises(ValueError):
+            shot_accuracy(torch.tensor(predictions).long(), torch.tensor(targets).long(), [50, 50])
+
+
+# ---------------------------------------------------------------- calibration
+
+def slow_calibration_error(probabilities, targets, bins):
+    """Guo et al., equations (3) and (5), one image at a time, bins (lo, hi]."""
+    ece, mce = 0.0, 0.0
+    for b in range(bins):
+        inside = [(max(p), p.index(max(p)) == t) for p, t in zip(probabilities, targets)
+                  if b / bins < max(p) <= (b + 1) / bins]
+        if inside:
+            gap = abs(sum(right for _, right in inside) - sum(conf for conf, _ in inside)) / len(inside)
+            ece, mce = ece + gap * len(inside) / len(targets), max(mce, gap)
+    return 100 * ece, 100 * mce
+
+
+@pytest.mark.parametrize("num_classes, bins", [(2, 15), (10, 15), (10, 1), (3, 40)])
+def test_calibration_is_that_of_a_slow_loop(num_classes, bins):
+    generator = torch.Generator().manual_seed(num_classes)
+    logits = 2 * torch.randn(300, num_classes, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, num_classes, (300,), generator=generator)
+    probabilities = logits.softmax(1)
+    expected = slow_calibration_error(probabilities.tolist(), targets.tolist(), bins)
+    assert calibration_error(probabilities, targets, bins) == pytest.approx(expected, abs=1e-9)
+    assert calibration_error(probabilities.float(), targets, bins) == pytest.approx(expected, abs=1e-4)
+    if bins == 15:
+        assert calibration_error(probabilities, targets) == calibration_error(probabilities, targets, 15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_confidence_on_a_bin_edge_belongs_to_the_bin_below(dtype):
+    # .8 = 12/15, right, is alone in (11/15, 12/15]; .82, wrong, is alone in (12/15, 13/15].
+    # In one bin with .82 its gap would hide behind the other: |1 - 1.62| / 2 = .31.
+    probabilities = torch.tensor([[0.8, 0.2], [0.82, 0.18]], dtype=dtype)
+    ece, mce = calibration_error(probabilities, torch.tensor([0, 1]))
+    assert ece == pytest.approx(100 * (0.2 + 0.82) / 2, abs=1e-4) and mce == pytest.approx(82, abs=1e-4)
+    # It does share the bin with .75, wrong: |1 - 1.55| / 2
+    probabilities = torch.tensor([[0.8, 0.2], [0.75, 0.25]], dtype=dtype)
+    ece, mce = calibration_error(probabilities, torch.tensor([0, 1]))
+    assert ece == mce == pytest.approx(100 * 0.55 / 2, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_bin_edge_is_right_closed(dtype):
+    for i in range(8, 15):
+        edge = i / 15
+        above = edge + 1e-3
+        probabilities = torch.tensor([[edge, 1 - edge], [above, 1 - above]], dtype=torch.float64).to(dtype)
+        ece, _ = calibration_error(probabilities, torch.tensor([0, 1]))
+        assert ece == pytest.approx(100 * (1 - edge + above) / 2, abs=1e-3), i  # two bins, or the gaps cancel
+
+
+def test_empty_bins_count_as_0_and_certainty_has_a_bin():
+    probabilities = torch.tensor([[1.0, 0.0]] * 4)
+    assert calibration_error(probabilities, torch.tensor([0] * 4)) == (0, 0)
+    assert calibration_error(probabilities, torch.tensor([0, 0, 0, 1])) == pytest.approx((25, 25))
+
+
+def test_bad_probabilities_are_refused():
+    good, targets = torch.full((3, 2), 0.5), torch.tensor([0, 1, 0])
+    nan = good.clone()
+    nan[1] = float("nan")
+    for bad in (2 * good, good - 1, torch.tensor([[1.5, -0.5]] * 3), good[:2], good[0], nan):
+        with pytest.raises(ValueError):
+            calibration_error(bad, targets)
+    with pytest.raises(ValueError):
+        calibration_error(good[:0], targets[:0])
+    with pytest.raises(ValueError):
+        calibration_error(good, targets, bins=0)
+
+
+# ---------------------------------------------------------------- nearest class mean
+
+def slow_nearest_class_mean(train, train_targets, test, num_classes):
+    """In plain floats: unit features, their mean, the largest cosine."""
+    def unit(v):
+        return [x / math.hypot(*v) for x in v]
+    means = []
+    for c in range(num_classes):
+        members = [unit(v) for v, t in zip(train, train_targets) if t == c]
+        means.append(unit([sum(column) / len(members) for column in zip(*members)]))
+    cosines = [[sum(a * b for a, b in zip(unit(v), mean)) for mean in means] for v in test]
+    return [row.index(max(row)) for row in cosines]
+
+
+def random_features(seed=0, num_classes=5):
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(0, num_classes, (30,), generator=generator)
+    targets = torch.cat([torch.arange(num_classes), drawn])
+    # Lengths differ a hundredfold: means of features that were not made unit first would be other means
+    lengths = 10 ** (2 * torch.rand(len(targets), 1, generator=generator))
+    train = lengths * torch.randn(len(targets), 4, generator=generator)
+    return train, targets, torch.randn(80, 4, generator=generator)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nearest_class_mean_is_that_of_a_slow_loop(seed):
+    train, targets, test = random_features(seed)
+    found = nearest_class_mean(train, targets, test, 5)
+    assert found.tolist() == slow_nearest_class_mean(train.tolist(), targets.tolist(), test.tolist(), 5)
+    assert torch.equal(nearest_class_mean(100 * train, targets, 0.01 * test, 5), found)  # cosine: no lengths
+
+
+def test_nearest_class_mean_by_hand():
+    # Class 0's mean of unit features points to 45 degrees, though its long feature lies on the x axis
+    train = torch.tensor([[100.0, 0.0], [0.0, 1.0], [1.0, 0.1]])
+    test = torch.tensor([[1.0, 0.0], [1.0, 0.9]])
+    assert nearest_class_mean(train, torch.tensor([0, 0, 1]), test, 2).tolist() == [1, 0]
+
+
+def test_nearest_class_mean_refuses_what_has_no_mean():
+    train, targets, test = random_features()
+    with pytest.raises(ValueError, match="no training feature"):
+        nearest_class_mean(train, targets, test, 6)
+    for bad in ((train, targets, test[:, :3], 5), (train[:-1], targets, test, 5)):
+        with pytest.raises(ValueError):
+            nearest_class_mean(*bad)
+
+
+def test_class_sums_stand_for_all_kept_features():
+    train, targets, test = random_features()
+    batches = [(part, labels) for part, labels in zip(train.split(8), targets.split(8))]
+    sums = class_sums(Passing(), batches, 5, contextlib.nullcontext)
+    counts = torch.bincount(targets).view(-1, 1)
+    from_sums = nearest_class_mean(sums / counts, torch.arange(5), test, 5)
+    assert torch.equal(from_sums, nearest_class_mean(train, targets, test, 5))
+    by_hand = [sum(v / v.norm() for v, t in zip(train, targets) if t == c) for c in range(5)]
+    torch.testing.assert_close(sums, torch.stack(by_hand), rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------- predict, scores, table
+
+class Passing(torch.nn.Module):
+    """Its images are the features; logits are twice those. Dropout tells training mode from eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, images):
+        return self.dropout(2 * images), images
+
+
+def test_predict_keeps_the_order_of_the_batches():
+    images, targets = torch.randn(10, 3), torch.arange(10)
+    model = Passing().train()
+    batches = [(images[i:i + 4], targets[i:i + 4], "share", "ends_step") for i in range(0, 10, 4)]
+    logits, features, found = predict(model, batches, contextlib.nullcontext)
+    assert torch.equal(logits, 2 * images) and torch.equal(features, images)  # no dropout: eval mode
+    assert torch.equal(found, targets) and not model.training
+
+
+def test_predict_gives_float32_without_gradients_under_autocast():
+    model = torch.nn.Linear(3, 2)
+    with_features = torch.nn.Module()
+    with_features.forward = lambda images: (model(images), model(images))
+    logits, features, _ = predict(with_features, [(torch.randn(4, 3), torch.zeros(4))],
+                                  lambda: torch.autocast("cpu", torch.bfloat16))
+    for output in (logits, features):
+        assert output.dtype == torch.float32 and not output.requires_grad
+        assert torch.equal(output, output.bfloat16().float())  # computed in bf16: the context was entered
+
+
+def test_scores_are_accuracy_and_calibration_of_the_softmax():
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(50, 3, generator=generator), torch.randint(0, 3, (50,), generator=generator)
+    found = scores(logits.bfloat16(), targets, [200, 50, 5])
+    logits = logits.bfloat16().float()
+    expected = shot_accuracy(logits.argmax(1), targets, [200, 50, 5])
+    assert found.pop("per_class_accuracy") == expected.pop("per_class")
+    assert (found.pop("ece"), found.pop("mce")) == calibration_error(logits.softmax(1), targets)
+    assert found == expected
+
+
+def test_weight_norms_are_one_a_class():
+    weight = torch.tensor([[3.0, 4.0], [0.0, 0.0], [-5.0, 12.0]], requires_grad=True)
+    assert classifier_weight_norms(weight) == [5, 0, 13]
+
+
+def test_a_table_shows_a_dash_for_an_empty_group_and_leaves_out_unused_columns():
+    rows = [("teacher 1", dict(many=71.26, medium=None, few=0.0, all=5, ece=3.14, mce=100.0)),
+            ("student", dict(many=1.0, medium=2.0, few=3.0, all=4.0, ece=5.0, mce=6.0, ncm=7.0))]
+    head, first, second = (line.split() for line in table(rows).splitlines())
+    assert head == ["many", "medium", "few", "all", "NCM", "ECE", "MCE"]
+    assert first == ["teacher", "1", "71.3", "-", "0.0", "5.0", "-", "3.1", "100.0"]
+    assert second == ["student", "1.0", "2.0", "3.0", "4.0", "7.0", "5.0", "6.0"]
+    assert len({len(line) for line in table(rows).splitlines()}) == 1  # columns stand under their heads
+    assert "NCM" not in table(rows[:1])

@@ -1,0 +1,423 @@
+"""The room common/loader.py: who gets which positions, augmentation, resident and streamed batches."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.data import Dataset, Images, load
+from common.loader import (AUGMENTATIONS, UnreadableImage, color_jitter_gray, make_loader, mix_seed,
+                           split_batches)
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def tiny(images, mean=MEAN, std=STD):
+    """A data set whose training images these are; the target of image i is i % 7."""
+    images = np.asarray(images, np.uint8)
+    split = Images(images, np.arange(len(images)) % 7)
+    names = [str(i) for i in range(split.targets.max() + 1)]
+    return Dataset("tiny", split, None, split, names, mean, std, images.shape[1])
+
+
+def random_images(n, side=12, seed=0):
+    return np.random.RandomState(seed).randint(0, 256, (n, side, side, 3), np.uint8)
+
+
+def loader_of(data, batch_size, augmentation="none", **kw):
+    return make_loader(data.train, data, batch_size, "cpu", augmentation, **kw)
+
+
+def to_pixels(images, mean=MEAN, std=STD):
+    """Undo the normalisation: uint8 [N, H, W, 3]."""
+    pixels = images.permute(0, 2, 3, 1).double() * torch.tensor(std) + torch.tensor(mean)
+    assert (255 * pixels - (255 * pixels).round()).abs().max() < 1e-3  # they are whole numbers
+    return (255 * pixels).round().to(torch.uint8).numpy()
+
+
+def by_position(data, indices, batch_size, ranks=1, accumulation=1, epoch=0, **kw):
+    """What every rank drew, back at its position in the list: images [n, 3, H, W] and targets [n]."""
+    images, targets = [None] * len(indices), [None] * len(indices)
+    for rank in range(ranks):
+        loader = loader_of(data, batch_size, rank=rank, ranks=ranks, accumulation=accumulation, **kw)
+        parts = split_batches(len(indices), batch_size, rank, ranks, accumulation)
+        batches = list(loader.batches(indices, epoch))
+        for (positions, share, ends_step), batch in zip(parts, batches, strict=True):
+            assert (batch.share, batch.ends_step) == (share, ends_step)
+            for position, image, target in zip(positions, batch.images, batch.targets, strict=True):
+                assert images[position] is None or torch.equal(images[position], image)
+                images[position], targets[position] = image, target
+    return torch.stack(images), torch.stack(targets)
+
+
+# ---------------------------------------------------------------- who gets which positions
+
+@pytest.mark.parametrize("n, batch_size, ranks, accumulation", [
+    (16, 8, 1, 1), (23, 8, 2, 1), (23, 8, 2, 2), (21, 8, 4, 2), (17, 8, 4, 1), (3, 12, 4, 3), (1, 6, 3, 2),
+    (25, 12, 3, 4), (0, 4, 2, 1)])
+def test_ranks_and_parts_share_out_every_global_batch(n, batch_size, ranks, accumulation):
+    values = np.random.RandomState(0).rand(n)
+    steps = math.ceil(n / batch_size)
+    weighted, drawn = np.zeros(steps), [[] for _ in range(steps)]
+    shares = np.zeros(steps)
+    for rank in range(ranks):
+        step = 0
+        for positions, share, ends_step in split_batches(n, batch_size, rank, ranks, accumulation):
+            # What must fit into memory at once, and never nothing: batch norm and means need an image
+            assert 1 <= len(positions) <= batch_size // (ranks * accumulation)
+            drawn[step] += positions
+            shares[step] += share
+            weighted[step] += share * values[positions].mean()
+            step += ends_step
+        assert step == steps  # every rank steps once a global batch, or torchrun would hang
+    for step in range(steps):
+        whole = list(range(step * batch_size, min((step + 1) * batch_size, n)))
+        copies = 1 if len(whole) >= ranks else ranks  # fewer images than ranks: each rank has them all
+        assert sorted(drawn[step]) == sorted(copies * whole)
+        assert shares[step] == pytest.approx(1)
+        assert weighted[step] == pytest.approx(values[whole].mean())  # so losses add up to the mean
+
+
+@pytest.mark.parametrize("batch_size, ranks, accumulation", [(0, 1, 1), (10, 4, 1), (8, 2, 3), (4, 8, 1),
+                                                             (8, 1, 0), (-8, 2, 1)])
+def test_a_batch_size_that_cannot_be_shared_out_is_refused_at_once(batch_size, ranks, accumulation):
+    with pytest.raises(ValueError, match="batch size"):
+        split_batches(100, batch_size, 0, ranks, accumulation)  # before a part is asked for
+    with pytest.raises(ValueError, match="batch size"):
+        loader_of(tiny(random_images(4)), batch_size, ranks=ranks, accumulation=accumulation)
+
+
+def test_an_unknown_augmentation_is_refused():
+    with pytest.raises(ValueError, match="blur.*standard"):
+        loader_of(tiny(random_images(4)), 2, "blur")
+
+
+def test_seeds_differ_by_number_order_and_length():
+    numbers = [(0,), (1,), (0, 0), (0, 1), (1, 0), (1, 2), (2, 1), (1, 2, 0), (1, 2, 0, 0), (1, 2, 3)]
+    seeds = [mix_seed(*some) for some in numbers]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2 ** 63 for seed in seeds)  # what torch's manual_seed takes on every device
+
+
+# ---------------------------------------------------------------- resident: none and standard
+
+def test_without_augmentation_a_batch_is_pixels_minus_mean_over_std():
+    images = random_images(10)
+    indices = [3, 9, 3, 0, 7, 7, 1]
+    batches = list(loader_of(tiny(images), 3).batches(indices))
+    assert [len(batch.targets) for batch in batches] == [3, 3, 1]  # the last partial batch is kept
+    found = torch.cat([batch.images for batch in batches]).numpy()
+    for image, index in zip(found, indices):
+        for channel in range(3):
+            expected = (images[index, :, :, channel] / 255 - MEAN[channel]) / STD[channel]
+            assert np.allclose(image[channel], expected, rtol=0, atol=1e-5)
+    assert torch.cat([batch.targets for batch in batches]).tolist() == [i % 7 for i in indices]
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_batches_are_float32_and_channels_last(augmentation):
+    for batch in loader_of(tiny(random_images(5)), 2, augmentation).batches(range(4)):
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert not batch.images.is_contiguous()
+        assert batch.images.dtype == torch.float32 and batch.targets.dtype == torch.int64
+        assert batch.images.shape == (2, 3, 12, 12)
+
+
+def crops_of(image):
+    """The 9 * 9 * 2 images that a crop with 4 black pixels of padding and a flip can give: bytes -> (y, x,
+    flipped)."""
+    height, width, _ = image.shape
+    padded = np.zeros((height + 8, width + 8, 3), np.uint8)
+    padded[4:-4, 4:-4] = image
+    crops = {}
+    for y in range(9):
+        for x in range(9):
+            crop = padded[y:y + height, x:x + width]
+            crops[crop.tobytes()] = (y, x, 0)
+            crops[crop[:, ::-1].tobytes()] = (y, x, 1)
+    return crops
+
+
+def test_standard_augmentation_draws_every_crop_and_flip_equally_often():
+    image = random_images(1)
+    crops = crops_of(image[0])
+    assert len(crops) == 162
+    drawn = np.zeros((9, 9, 2))
+    # One image all the time, as a class-balanced sampler repeats it within an epoch. A KeyError is an image
+    # that is no crop; padding that is black only after the normalisation would be one.
+    for batch in loader_of(tiny(image), 500, "standard").batches(np.zeros(162 * 30, int)):
+        for pixels in to_pixels(batch.images):
+            drawn[crops[pixels.tobytes()]] += 1
+    statistic = ((drawn - 30) ** 2 / 30).sum()
+    assert statistic < 161 + 5 * math.sqrt(2 * 161)  # chi square of 161 degrees of freedom, five sigma
+    for axes in ((1, 2), (0, 2), (0, 1)):  # each draw by itself is tested more sharply
+        margin = drawn.sum(axes)
+        expected, freedom = margin.mean(), len(margin) - 1
+        assert ((margin - expected) ** 2 / expected).sum() < freedom + 5 * math.sqrt(2 * freedom)
+    assert 50 < statistic  # far too even would mean a list of crops, not draws
+
+
+def test_a_repeated_image_is_cropped_anew():
+    images, _ = by_position(tiny(random_images(3)), [1, 1, 2, 1], 2, augmentation="standard")
+    assert not torch.equal(images[0], images[1]) and not torch.equal(images[0], images[3])
+
+
+# ---------------------------------------------------------------- the same images for any ranks, any resume
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_images_do_not_depend_on_ranks_or_accumulation(augmentation):
+    data = tiny(random_images(9))
+    indices = np.random.RandomState(1).randint(0, 9, 17)  # the last global batch holds one image
+    kw = dict(augmentation=augmentation, seed=5, epoch=2, noise=0.1)
+    images, targets = by_position(data, indices, 8, **kw)
+    assert targets.tolist() == (indices % 7).tolist()
+    for ranks, accumulation in ((2, 1), (1, 2), (2, 2), (4, 1)):
+        again, same_targets = by_position(data, indices, 8, ranks, accumulation, **kw)
+        assert torch.equal(same_targets, targets)
+        torch.testing.assert_close(again, images, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("augmentation", ["standard", "augmented"])
+def test_images_depend_on_seed_and_epoch(augmentation):
+    data = tiny(random_images(9))
+    drawn = [by_position(data, range(9), 4, augmentation=augmentation, seed=seed, epoch=epoch)[0]
+             for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    for i, images in enumerate(drawn):
+        for other in drawn[:i]:
+            assert (images != other).flatten(1).any(1).sum() >= 8  # one crop in 162 may agree
+
+
+@pytest.mark.parametrize("augmentation", ["standard", "augmented"])
+def test_an_epoch_is_the_same_after_a_resume(augmentation):
+    data = tiny(random_images(9))
+    through, resumed = (loader_of(data, 4, augmentation, seed=3) for _ in range(2))
+    for epoch in range(3):
+        last = list(through.batches(range(9), epoch))
+    torch.rand(100)  # nor does it hang on the global generator
+    for batch, again in zip(last, resumed.batches(range(9), 2), strict=True):
+        assert torch.equal(batch.images, again.images) and torch.equal(batch.targets, again.targets)
+
+
+# ---------------------------------------------------------------- colour jitter, greyscale, noise
+
+@pytest.mark.parametrize("strength", [1.0, 0.5, 1.5])
+def test_colour_jitter_is_torchvisions_image_by_image(strength):
+    from torchvision.transforms.v2 import functional as tv
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(60, 3, 5, 6, generator=generator)
+    images[:3] = torch.tensor([[0.0], [0.5], [1.0]])[:, None, None]  # black, grey, white: no hue to shift
+    uniforms = torch.rand(60, 6, generator=generator)
+    found = color_jitter_gray(images, uniforms, strength)
+    kinds = set()
+    for image, u, result in zip(images, uniforms.tolist(), found):
+        expected, jitters, greys = image, u[4] < 0.8, u[5] < 0.2
+        kinds.add((jitters, greys))
+        if jitters:
+            low, high = max(0, 1 - 0.8 * strength), 1 + 0.8 * strength
+            expected = tv.adjust_brightness(expected, low + u[0] * (high - low))
+            expected = tv.adjust_contrast(expected, low + u[1] * (high - low))
+            expected = tv.adjust_saturation(expected, low + u[2] * (high - low))
+            expected = tv.adjust_hue(expected, -0.2 * strength + u[3] * 0.4 * strength)
+        if greys:
+            expected = tv.rgb_to_grayscale(expected, num_output_channels=3)
+        torch.testing.assert_close(result, expected, rtol=0, atol=2e-5)
+    assert len(kinds) == 4  # all four cases were seen
+
+
+def test_augmented_images_are_jittered_8_in_10_and_grey_2_in_10():
+    # One colour inside, so crops cannot change the middle; no channel nears 0 or 1, and noise is off
+    data = tiny(np.full((1, 12, 12, 3), (110, 70, 40)))
+    batch, = loader_of(data, 4000, "augmented", noise=0.0).batches(np.zeros(4000, int))
+    middle = batch.images[:, :, 6, 6].double() * torch.tensor(STD) + torch.tensor(MEAN)
+    grey = (middle.amax(1) - middle.amin(1)) < 1e-5
+    same = ((255 * middle - torch.tensor([110, 70, 40])).abs() < 0.01).all(1)
+    # Saturation never falls below .2, so grey is greyscale; standard deviation of both frequencies < .0064
+    assert abs(grey.double().mean() - 0.2) < 0.03
+    assert abs(same.double().mean() - 0.2 * 0.8) < 0.03
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.003])
+def test_noise_has_the_sigma_asked_for_on_pixels_in_0_to_1(noise):
+    # Grey stays grey under the jitter, and 100 / 255 stays more than 6 sigma away from both ends of the clamp
+    side, n = 24, 100
+    data = tiny(np.full((1, side, side, 3), 100), mean=(0, 0, 0), std=(1, 1, 1))
+    loader = loader_of(data, 40, "augmented", noise=noise)
+    images = torch.cat([batch.images for batch in loader.batches(np.zeros(n, int))])
+    pixels = images[:, :, 4:-4, 4:-4].double()  # without the padding
+    levels = pixels.mean((1, 2, 3), keepdim=True)
+    assert levels.std() > 0.05  # the jitter is on
+    z = (pixels - levels) / noise
+    # 76,800 numbers: sigma is known to .26%; a normal's mean absolute value is sqrt(2 / pi)
+    assert z.std() == pytest.approx(1, abs=0.02)
+    assert z.abs().mean() == pytest.approx(math.sqrt(2 / math.pi), abs=0.02)
+    flat = z.flatten(1)
+    close = flat @ flat.t() / flat.shape[1] - torch.eye(n)
+    assert close.abs().max() < 0.25  # no two images share their noise, in one batch or in two (sigma .036)
+    assert abs((z[:, 0] * z[:, 1]).mean()) < 0.03 and abs((z[:, 1] * z[:, 2]).mean()) < 0.03
+
+
+def test_noise_is_clamped_to_pixels():
+    data = tiny(np.zeros((1, 12, 12, 3)), mean=(0, 0, 0), std=(1, 1, 1))
+    batch, = loader_of(data, 64, "augmented", noise=0.1).batches(np.zeros(64, int))
+    # Black images: half of all noise is cut off at 0, the rest has the mean absolute value of a normal
+    assert batch.images.min() == 0 and batch.images.max() <= 1
+    assert (batch.images == 0).double().mean() == pytest.approx(0.5, abs=0.02)
+    assert batch.images.mean() == pytest.approx(0.1 / math.sqrt(2 * math.pi), rel=0.03)
+
+
+# ---------------------------------------------------------------- streamed
+
+def write_folder(root, images, ending="png", **kw):
+    """images [n, H, W, 3] as root/train/{a,b}/iii.ENDING in turn, one test image a class. Returns the set."""
+    for part, some in (("train", images), ("test", images[:2])):
+        for i, image in enumerate(some):
+            folder = root / part / "ab"[i % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{i:03d}.{ending}", **kw)
+    return load("folder", root)
+
+
+def numbers_of(data):
+    """Which of the images written each item of the training split is."""
+    return [int(bytes(path).decode().rsplit("/", 1)[1].split(".")[0]) for path in data.train.paths]
+
+
+def test_streamed_small_images_are_the_resident_ones(tmp_path):
+    images = random_images(7, side=16)
+    data = write_folder(tmp_path, images)
+    order = numbers_of(data)
+    resident = tiny(images[order], data.mean, data.std)
+    resident.train.targets[:] = np.array(order) % 2
+    found, targets = by_position(data, [4, 0, 0, 6, 2], 2)
+    expected, expected_targets = by_position(resident, [4, 0, 0, 6, 2], 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert torch.equal(targets, expected_targets)
+
+
+def test_streamed_small_images_are_cropped_from_black_padding(tmp_path):
+    images = random_images(2, side=16)
+    data = write_folder(tmp_path, images)
+    crops = [crops_of(image) for image in images]
+    found, targets = by_position(data, [0, 1] * 8, 4, augmentation="standard")
+    corners = {crops[target][pixels.tobytes()]  # a KeyError is no crop of its image
+               for target, pixels in zip(targets, to_pixels(found, data.mean, data.std))}
+    assert len(corners) > 8
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_streamed_images_do_not_depend_on_ranks_or_accumulation(augmentation, tmp_path):
+    data = write_folder(tmp_path, random_images(7, side=16))
+    indices = [0, 1, 2, 3, 4, 5, 6, 6, 0]  # the last global batch holds one image
+    kw = dict(augmentation=augmentation, seed=5, epoch=2, noise=0.1)
+    images, targets = by_position(data, indices, 4, **kw)
+    for ranks, accumulation in ((2, 1), (2, 2)):
+        again, same_targets = by_position(data, indices, 4, ranks, accumulation, **kw)
+        assert torch.equal(again, images) and torch.equal(same_targets, targets)
+    if augmentation != "none":
+        assert not torch.equal(images[6], images[7])  # drawn twice, cropped twice
+        for other in (dict(seed=6), dict(epoch=3)):
+            assert not torch.equal(by_position(data, indices, 4, **{**kw, **other})[0], images)
+
+
+def test_worker_processes_give_the_same_batches_epoch_after_epoch(tmp_path):
+    data = write_folder(tmp_path, random_images(7, side=16))
+    workers = loader_of(data, 3, "augmented", seed=1, workers=2)
+    for epoch, indices in ((0, [0, 1, 2, 3, 4, 5, 6]), (1, [6, 2, 2, 0])):  # the workers live on
+        found = list(workers.batches(indices, epoch))
+        fresh = loader_of(data, 3, "augmented", seed=1, workers=0)  # as after a resume
+        for batch, expected in zip(found, fresh.batches(indices, epoch), strict=True):
+            assert torch.equal(batch.images, expected.images) and torch.equal(batch.targets, expected.targets)
+            assert (batch.share, batch.ends_step) == (expected.share, expected.ends_step)
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_streamed_large_images_become_224_pixels(augmentation, tmp_path):
+    data = write_folder(tmp_path, np.random.RandomState(0).randint(0, 256, (3, 70, 100, 3), np.uint8))
+    batch, = loader_of(data, 3, augmentation).batches(range(3))
+    assert batch.images.shape == (3, 3, 224, 224) and batch.images.dtype == torch.float32
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_large_image_is_evaluated_on_its_middle(tmp_path):
+    # Red runs along x, green along y, from 0 to 250. The short side becomes 256 pixels, the middle 224 stay.
+    gradient = np.zeros((101, 151, 3), np.uint8)
+    gradient[..., 0] = np.linspace(0, 250, 151)
+    gradient[..., 1] = np.linspace(0, 250, 101)[:, None]
+    data = write_folder(tmp_path, gradient[None].repeat(2, 0))
+    batch, = loader_of(data, 2).batches([0, 1])
+    image = batch.images[0].permute(1, 2, 0) * torch.tensor(data.std) + torch.tensor(data.mean)
+    red, green = 255 * image[112, :, 0], 255 * image[:, 112, 1]
+    width = 256 * 151 / 101
+    for values, side in ((red, width), (green, 256)):
+        expected = 250 * (torch.arange(224) + (side - 224) / 2 + 0.5) / side
+        assert (values - expected).abs().max() < 4
+
+
+def test_random_resized_crops_take_5_to_100_percent_of_a_large_image(tmp_path):
+    # In an image that is its own map (red = x, green = y) a crop's range of values shows the area it covers
+    ramp = np.zeros((120, 120, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(120), np.arange(120)[:, None]
+    data = write_folder(tmp_path, ramp[None].repeat(2, 0))
+    areas, flips = [], 0
+    for batch in loader_of(data, 20, "standard", seed=2).batches([0] * 100):
+        pixels = 255 * (batch.images.permute(0, 2, 3, 1) * torch.tensor(data.std) + torch.tensor(data.mean))
+        span = pixels.amax((1, 2)) - pixels.amin((1, 2)) + 1
+        areas += (span[:, 0] * span[:, 1] / 120 ** 2).tolist()
+        flips += (pixels[:, 100, 0, 0] > pixels[:, 100, -1, 0]).sum().item()
+    assert 0.03 < min(areas) < 0.12 and 0.8 < max(areas) <= 1.01
+    assert 0.42 < np.mean(areas) < 0.6  # uniform in (.05, 1), a little less for crops that do not fit
+    assert 30 < flips < 70
+
+
+def truncated_folder(root):
+    """Six JPEGs, the second of class b (image 3) cut in half. Returns the data set and the file's path."""
+    data = write_folder(root, random_images(6, side=40), "jpg", quality=95)
+    bad = root / "train" / "b" / "003.jpg"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:len(whole) // 2])
+    return data, bad
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_truncated_image_raises_its_path(tmp_path, workers):
+    data, bad = truncated_folder(tmp_path)
+    with pytest.raises(UnreadableImage, match="skip-bad-images") as caught:
+        list(loader_of(data, 3, workers=workers).batches(range(6)))
+    assert str(bad) in str(caught.value)
+    assert isinstance(caught.value, ValueError)  # so a script ends with one line, not a traceback
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\x89PNG\r\n\x1a\n"], ids=["empty", "junk", "header"])
+def test_other_damage_and_missing_files_are_unreadable_too(tmp_path, content):
+    data, bad = truncated_folder(tmp_path)
+    bad.write_bytes(content)
+    with pytest.raises(UnreadableImage, match="003.jpg"):
+        list(loader_of(data, 3).batches(range(6)))
+    bad.unlink()
+    with pytest.raises(UnreadableImage, match="003.jpg"):
+        list(loader_of(data, 3).batches(range(6)))
+
+
+def test_skip_bad_leaves_an_unreadable_image_out_and_lists_it(tmp_path):
+    data, bad = truncated_folder(tmp_path)
+    order = numbers_of(data)
+    assert order == [0, 2, 4, 1, 3, 5]
+    loader = loader_of(data, 3, skip_bad=True)
+    first, second = loader.batches(range(6))
+    assert len(loader.bad_images) == 1 and str(bad) in next(iter(loader.bad_images))
+    assert len(first.targets) == 3 and first.share == pytest.approx(1)
+    assert second.targets.tolist() == [1, 1] and second.ends_step
+    # Each of the readable images weighs what it did; the others stay what they were
+    assert second.share == pytest.approx(2 / 3)
+    alone, = loader_of(data, 2).batches([3, 5])
+    assert torch.equal(second.images, alone.images)
+
+
+def test_skip_bad_reports_the_same_file_once_in_many_epochs(tmp_path):
+    data, _ = truncated_folder(tmp_path)
+    loader = loader_of(data, 3, skip_bad=True)
+    for epoch in range(2):
+        assert sum(len(batch.targets) for batch in loader.batches(range(6), epoch)) == 5
+    assert len(loader.bad_images) == 1
