@@ -257,14 +257,14 @@ class Run:
             sys.exit(0)
 
     def check_losses(self, losses, stage, epoch, lr_at):
-        """Sum an epoch's losses [steps] over the ranks. Ends the run when one of them is not finite, naming the
-        step and its lr, lr_at(step). Returns the mean. An epoch's one moment of waiting for the device."""
+        """Sum an epoch's losses [steps] over the ranks and return their mean. Ends the run when one of them is
+        not finite, naming the step and its lr, lr_at(step). An epoch's one moment of waiting for the device."""
         losses = sum_ranks(losses).cpu()
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         if bad:
             last = self.folder / "last.pt"
-            fail(f"the loss of {stage} became {losses[bad[0]].item()} at step {bad[0] + 1} of epoch {epoch + 1}, "
-                 f"lr {lr_at(bad[0]):g}; try a smaller --lr; last good checkpoint: "
+            fail(f"the loss of {stage} became {losses[bad[0]].item()} at step {bad[0] + 1} of epoch "
+                 f"{epoch + 1}, lr {lr_at(bad[0]):g}; try a smaller --lr; last good checkpoint: "
                  f"{last if last.exists() else 'none yet'}")
         return losses.mean().item()
 

@@ -1,5 +1,5 @@
-"""Run a script of ours with batch norm left out (its affine part stays), so that ranks and parts of a batch must
-give one process's numbers:  python tests/run_without_batch_norm.py SCRIPT FLAGS..."""
+"""Run a script of ours with batch norm left out (its affine part stays), so that ranks and parts of a batch
+must give one process's numbers:  python tests/run_without_batch_norm.py SCRIPT FLAGS..."""
 import importlib
 import sys
 from pathlib import Path

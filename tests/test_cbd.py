@@ -30,6 +30,10 @@ def tiny_npz(path, per_class=(24, 8, 4), size=8, val=False):
     return str(path)
 
 
+def weights(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
 def run(tmp_path, *flags, name="run"):
     path = tmp_path / "tiny.npz"
     if not path.exists():
@@ -104,7 +108,7 @@ def test_logit_adjustment_recovers_the_balanced_classifier():
 @pytest.mark.parametrize("call", [
     lambda: cbd.feature_distillation_loss(torch.zeros(2, 3), torch.zeros(2, 4)),
     lambda: cbd.cbd_loss(torch.zeros(2, 3), torch.zeros(2).long(), torch.zeros(2, 3), torch.zeros(2, 4)),
-    lambda: cbd.cbd_loss(torch.zeros(2, 3), torch.zeros(2).long(), torch.zeros(2, 3), torch.zeros(2, 3), alpha=2),
+    lambda: cbd.cbd_loss(torch.zeros(2, 3), torch.zeros(2).long(), torch.zeros(2, 3), torch.zeros(2, 3), 2.0),
     lambda: cbd.classifier_distillation_loss(torch.zeros(2, 3), torch.zeros(2).long(), torch.zeros(2, 4)),
     lambda: cbd.classifier_distillation_loss(torch.zeros(2, 3), torch.zeros(2).long(), torch.zeros(2, 3),
                                              temperature=0)])
@@ -214,12 +218,12 @@ def test_every_second_stage_runs_from_saved_teachers(tmp_path, stage):
     run(tmp_path, "--teachers", "2", "--only-teacher", "1", name="one")
     run(tmp_path, "--teachers", "2", "--only-teacher", "2", name="two")
     paths = [str(tmp_path / "one" / "teacher_1.pt"), str(tmp_path / "two" / "teacher_2.pt")]
-    result = run(tmp_path, "--teacher-checkpoints", *paths, "--second-stage", stage, "--second-stage-epochs", "1",
-                 "--loss", "logit-adjusted", "--student-augmentation", "augmented")
+    result = run(tmp_path, "--teacher-checkpoints", *paths, "--second-stage", stage,
+                 "--second-stage-epochs", "1", "--loss", "logit-adjusted", "--student-augmentation", "augmented")
     names = [entry["name"] for entry in result["stages"]]
     assert names[:3] == ["teacher 1, standard", "teacher 2, augmented", "teacher ensemble, K=2"]
     assert names[3].startswith(stage)
-    teacher, student = (torch.load(p, weights_only=True)["state_dict"] for p in (paths[0], tmp_path / "run/student.pt"))
+    teacher, student = weights(paths[0]), weights(tmp_path / "run" / "student.pt")
     backbone = [name for name in teacher if name.startswith("backbone") and "num_batches" not in name]
     same = [torch.equal(teacher[name], student[name]) for name in backbone]
     assert all(same) if stage == "crt" else not any(same)  # crt freezes it, batch norm's buffers included
@@ -230,18 +234,16 @@ def test_teachers_have_seeds_of_their_own_and_a_run_repeats_exactly(tmp_path):
     first = run(tmp_path, "--teacher-kinds", "standard", "standard", name="a")
     again = run(tmp_path, "--teacher-kinds", "standard", "standard", name="b")
     other = run(tmp_path, "--teacher-kinds", "standard", "standard", "--seed", "1", name="c")
-    weight = lambda folder, file: torch.load(tmp_path / folder / file, weights_only=True)["state_dict"][
-        "backbone.conv1.weight"]
+    weight = lambda folder, file: weights(tmp_path / folder / file)["backbone.conv1.weight"]
     assert not torch.equal(weight("a", "teacher_1.pt"), weight("a", "teacher_2.pt"))
     assert torch.equal(weight("a", "student.pt"), weight("b", "student.pt"))
     assert not torch.equal(weight("a", "student.pt"), weight("c", "student.pt"))
     assert first["all"] == again["all"] and first["seed"] != other["seed"]
 
 
-def test_batch_norm_off_the_first_epoch_counts_the_last_partial_batch(tmp_path):
+def test_an_epoch_keeps_its_last_partial_batch(tmp_path):
     run(tmp_path, "--batch-size", "32", "--only-teacher", "1")  # 36 images: 2 steps, the second of 4 images
-    saved = torch.load(tmp_path / "run" / "teacher_1.pt", weights_only=True)["state_dict"]
-    assert saved["backbone.bn1.num_batches_tracked"] == 2
+    assert weights(tmp_path / "run" / "teacher_1.pt")["backbone.bn1.num_batches_tracked"] == 2
 
 
 def test_evaluate_on_val_scores_the_validation_images(tmp_path):
@@ -253,15 +255,14 @@ def test_evaluate_on_val_scores_the_validation_images(tmp_path):
     assert result["all"] == pytest.approx(100 * (logits.argmax(1).numpy() == data.val.targets).mean())
 
 
-def test_the_short_and_the_uneven_gradient_accumulation_give_the_same_update(tmp_path, monkeypatch):
-    # without batch norm, whose statistics are those of the parts
+def test_gradient_accumulation_gives_the_large_batch_s_update(tmp_path, monkeypatch):
+    # without batch norm, whose statistics are those of the parts; the last batch of 4 is cut into 4 parts
     monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", lambda self, x: x * self.weight.view(-1, 1, 1))
-    whole = run(tmp_path, "--only-teacher", "1", "--batch-size", "32", "--lr", "0.001", name="whole")
-    parts = run(tmp_path, "--only-teacher", "1", "--batch-size", "32", "--lr", "0.001", "--grad-accumulation", "4",
-                name="parts")
-    a, b = (torch.load(tmp_path / n / "teacher_1.pt", weights_only=True)["state_dict"] for n in ("whole", "parts"))
+    flags = ("--only-teacher", "1", "--batch-size", "32", "--lr", "0.001")
+    run(tmp_path, *flags, name="whole")
+    run(tmp_path, *flags, "--grad-accumulation", "4", name="parts")
+    a, b = (weights(tmp_path / name / "teacher_1.pt") for name in ("whole", "parts"))
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
-    assert whole["seed"] == parts["seed"]
 
 
 # ---------------------------------------------------------------- resuming
@@ -284,7 +285,7 @@ def test_a_run_resumed_in_the_middle_of_either_stage_ends_with_the_same_weights(
             log.write('{"a line behind": "the checkpoint"}\n')
         resumed = run(tmp_path, *flags, "--resume", name=f"cut{stop}")
         for file in ("teacher_1.pt", "student.pt"):
-            a, b = (torch.load(tmp_path / n / file, weights_only=True)["state_dict"] for n in ("whole", f"cut{stop}"))
+            a, b = (weights(tmp_path / name / file) for name in ("whole", f"cut{stop}"))
             assert all(torch.equal(a[key], b[key]) for key in a)
         assert resumed["per_class_accuracy"] == whole["per_class_accuracy"]
         assert resumed["best_all"] == whole["best_all"]
@@ -348,7 +349,7 @@ def test_bad_input_is_one_error_line_and_writes_nothing(tmp_path, capsys, flags,
 def test_a_checkpoint_of_another_architecture_or_data_set_is_refused(tmp_path, capsys):
     run(tmp_path, "--only-teacher", "1", name="teacher")
     path = str(tmp_path / "teacher" / "teacher_1.pt")
-    for flags, words in ((["--arch", "resnet20"], "holds a resnet14, not a resnet20"), ([], "knows 3 classes")):
+    for flags, words in ((["--arch", "resnet20"], "a resnet14, not a resnet20"), ([], "knows 3 classes")):
         with pytest.raises(SystemExit) as stop:
             cbd.main(cbd.parse_args(["--teacher-checkpoints", path, "--out", str(tmp_path / "x"), *flags]))
         assert stop.value.code == 2 and words in capsys.readouterr().err
@@ -362,7 +363,8 @@ def test_a_taken_out_folder_is_refused_and_a_default_one_is_numbered(tmp_path, c
     assert stop.value.code == 2 and "is taken" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        cbd.main(cbd.parse_args(["--dataset", "tiny.npz", "--arch", "resnet14", *TINY, "--only-teacher", "1"]))
+        flags = ["--dataset", "tiny.npz", "--arch", "resnet14", *TINY, "--only-teacher", "1"]
+        cbd.main(cbd.parse_args(flags))
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["cbd_tiny_seed0", "cbd_tiny_seed0-2"]
 
 

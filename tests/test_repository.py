@@ -36,16 +36,15 @@ def module_level_imports(path):
 
 
 def test_requirements_are_the_card_s_five_packages():
-    assert (ROOT / "requirements.txt").read_text().split() == ["torch", "torchvision", "numpy", "tqdm", "pytest"]
+    required = (ROOT / "requirements.txt").read_text().split()
+    assert required == ["torch", "torchvision", "numpy", "tqdm", "pytest"]
 
 
 def test_sources_import_only_the_card_s_packages():
+    allowed = sys.stdlib_module_names | {"torch", "torchvision", "numpy", "tqdm", "common"}
     for path in SOURCES:
         for module in imported_modules(path):
-            top = module.split(".")[0]
-            # PIL comes with torchvision
-            assert top in sys.stdlib_module_names or top in {"torch", "torchvision", "numpy", "tqdm", "common", "PIL"}, \
-                (path, module)
+            assert module.split(".")[0] in allowed | {"PIL"}, (path, module)  # PIL comes with torchvision
 
 
 def test_rooms_do_not_import_methods_and_are_leaves():
@@ -82,7 +81,8 @@ def test_a_sampler_loss_or_schedule_runs_from_its_own_source_alone(method, name)
     import torch
     function = getattr(importlib.import_module(method), name)
     namespace = {}
-    exec("import math\nimport torch\nimport torch.nn.functional as F\n" + inspect.getsource(function), namespace)
+    imports = "import math\nimport torch\nimport torch.nn.functional as F\n"
+    exec(imports + inspect.getsource(function), namespace)
     torch.manual_seed(0)
     logits, features, targets = torch.randn(2, 6, 4), torch.randn(2, 6, 8), torch.tensor([0, 1, 2, 3, 0, 0])
     generator = lambda: torch.Generator().manual_seed(0)
@@ -101,9 +101,9 @@ def test_a_sampler_loss_or_schedule_runs_from_its_own_source_alone(method, name)
 def test_every_loss_sampler_and_schedule_is_in_the_test_above():
     for method in METHODS:
         module = importlib.import_module(method)
-        names = {name for name, value in vars(module).items() if inspect.isfunction(value)
-                 and value.__module__ == method and re.search(r"_loss$|_indices$|_lr$|_adjusted$|_probabilities$", name)}
-        assert names == set(PURE[method])
+        own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == method]
+        pure = {name for name in own if re.search(r"_(loss|indices|lr|adjusted|probabilities)$", name)}
+        assert pure == set(PURE[method])
 
 
 def test_every_public_name_has_a_docstring():
@@ -139,7 +139,8 @@ def test_readme_commands_parse():
 
 def test_commands_in_the_scripts_docstrings_parse():
     for method in METHODS:
-        lines = [line for line in importlib.import_module(method).__doc__.splitlines() if line.startswith("    ")]
+        text = importlib.import_module(method).__doc__.splitlines()
+        lines = [line for line in text if line.startswith("    ")]
         parsed = [importlib.import_module(m).parse_args(flags) for m, flags in script_commands(lines)]
         assert len(parsed) >= 3, method
 
