@@ -257,8 +257,8 @@ class Run:
             sys.exit(0)
 
     def check_losses(self, losses, stage, epoch, lr_at):
-        """Sum an epoch's losses [steps] over the ranks and return their mean. Ends the run when one of them is
-        not finite, naming the step and its lr, lr_at(step). An epoch's one moment of waiting for the device."""
+        """The mean of an epoch's losses [steps], each summed over the ranks. Ends the run when one is not
+        finite, naming the step and its lr, lr_at(step). It is an epoch's one wait for the device."""
         losses = sum_ranks(losses).cpu()
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         if bad:
