@@ -218,8 +218,9 @@ def test_every_second_stage_runs_from_saved_teachers(tmp_path, stage):
     run(tmp_path, "--teachers", "2", "--only-teacher", "1", name="one")
     run(tmp_path, "--teachers", "2", "--only-teacher", "2", name="two")
     paths = [str(tmp_path / "one" / "teacher_1.pt"), str(tmp_path / "two" / "teacher_2.pt")]
-    result = run(tmp_path, "--teacher-checkpoints", *paths, "--second-stage", stage, "--second-stage-epochs", "1",
-                 "--loss", "logit-adjusted", "--student-augmentation", "augmented")
+    result = run(tmp_path, "--teacher-checkpoints", *paths, "--second-stage", stage,
+                 "--second-stage-epochs", "1", "--student-augmentation", "augmented",
+                 "--loss", "logit-adjusted")
     names = [entry["name"] for entry in result["stages"]]
     assert names[:3] == ["teacher 1, standard", "teacher 2, augmented", "teacher ensemble, K=2"]
     assert names[3].startswith(stage)
