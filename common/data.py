@@ -30,9 +30,9 @@ def long_tail_counts(num_classes, n_max, imb_factor):
     """
     if num_classes < 1:
         raise ValueError(f"the number of classes must be at least 1, got {num_classes}")
-    if not imb_factor >= 1:
+    if not 1 <= imb_factor < float("inf"):
         raise ValueError(f"the imbalance factor is max/min and must be at least 1, got {imb_factor}")
-    if n_max < 1:
+    if not 1 <= n_max < float("inf"):
         raise ValueError(f"the largest class must hold at least one image, got {n_max}")
     if num_classes == 1:
         return [int(n_max)]
@@ -177,7 +177,7 @@ def _cifar(name, data_dir, imb_factor, seed):
 def _fashion_mnist(name, data_dir, imb_factor, seed):
     factor = 100 if imb_factor is None else imb_factor
     long_tail_counts(1, 1, factor)
-    what = "the four *-ubyte.gz files into its folder FashionMNIST/raw, unpacked too,"
+    what = "the four *-ubyte.gz files in a folder FashionMNIST/raw"
     images, targets, class_names = _torchvision_set("FashionMNIST", data_dir, what, train=True)
     test_images, test_targets, _ = _torchvision_set("FashionMNIST", data_dir, what, train=False)
     kept = cut_to_long_tail(targets, 10, factor, len(targets) / 10, FASHION_ORDER, seed)
@@ -219,7 +219,11 @@ def _npz(name, path, imb_factor, seed, border=0):
     train = splits["train"]
     if len(train) == 0:
         raise ValueError(f"{path}: x_train has no images")
-    names = arrays.get("class_names", np.arange(train.targets.max() + 1)).astype(str).tolist()
+    if train.targets.max() >= len(train) and "class_names" not in arrays:  # or a class would have no image
+        raise ValueError(f"{path}: y_train holds {train.targets.max()}, but only {len(train)} images: class ids "
+                         "must be 0..C-1, each with an image")
+    names = arrays["class_names"].astype(str).tolist() if "class_names" in arrays else \
+        [str(i) for i in range(train.targets.max() + 1)]
     if imb_factor is not None:
         if train.targets.min() < 0 or train.targets.max() >= len(names):
             raise ValueError(f"{path}: y_train must lie in 0..{len(names) - 1}")
@@ -263,6 +267,8 @@ def _folder(name, data_dir, imb_factor, seed):
         kept = cut_to_long_tail(train.targets, len(class_names), imb_factor, seed=seed)
         train = ImageFiles(train.paths[kept], train.targets[kept])
     size = image_side("folder", data_dir)
+    if size is None:
+        raise ValueError(f"none of the image files in {root / 'train'} can be decoded")
     return Dataset(name, train, splits.get("val"), splits["test"], class_names, IMAGENET_MEAN, IMAGENET_STD,
                    size if size <= 64 else 224)
 
@@ -290,7 +296,7 @@ def load(name, data_dir="data", imb_factor=None, seed=0):
 
 def image_side(name, data_dir="data"):
     """Side in pixels of a user's own images, without reading them all: an .npz by its header, a folder by its
-    first image. None where there is nothing to look at (then `load` says what is missing)."""
+    first readable image. None where there is nothing to look at (then `load` says what is missing)."""
     if str(name).endswith(".npz") and Path(name).is_file():
         import zipfile
         try:
@@ -299,13 +305,16 @@ def image_side(name, data_dir="data"):
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else \
                     np.lib.format.read_array_header_2_0
                 return int(read(member)[0][1])
-        except (zipfile.BadZipFile, KeyError, ValueError, IndexError):
+        except Exception:  # zipfile, zlib and numpy each raise their own for a damaged file; `load` says so
             return None
     if name == "folder" and (Path(data_dir) / "train").is_dir():
         for class_folder in sorted((Path(data_dir) / "train").iterdir()):
             for path in sorted(class_folder.iterdir()) if class_folder.is_dir() else []:
                 if path.suffix.lower() in IMAGE_ENDINGS:
                     from PIL import Image
-                    with Image.open(path) as image:
-                        return max(image.size)
+                    try:
+                        with Image.open(path) as image:
+                            return max(image.size)
+                    except (OSError, SyntaxError, ValueError):  # the loader's business; the next one will do
+                        continue
     return None

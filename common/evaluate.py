@@ -61,7 +61,7 @@ def calibration_error(probabilities, targets, bins=15):
                          f"{list(targets.shape)}")
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
-    if (probabilities < 0).any() or ((probabilities.sum(1) - 1).abs() > 1e-3).any():
+    if not ((probabilities >= 0).all() and ((probabilities.sum(1) - 1).abs() <= 1e-3).all()):  # nan neither
         raise ValueError("probabilities must be non-negative with rows that sum to 1")
     confidence, predictions = probabilities.max(1)
     # Edges i / bins in the confidences' own precision, so that .8 lies on its edge in float32 too;
@@ -85,8 +85,9 @@ def nearest_class_mean(train_features, train_targets, test_features, num_classes
     if train_features.shape[1:] != test_features.shape[1:] or train_targets.shape != train_features.shape[:1]:
         raise ValueError(f"train features {list(train_features.shape)}, targets {list(train_targets.shape)} "
                          f"and test features {list(test_features.shape)} do not belong together")
-    if (torch.bincount(train_targets, minlength=num_classes) == 0).any():
-        raise ValueError("a class has no training feature, so it has no mean")
+    sizes = torch.bincount(train_targets, minlength=num_classes)
+    if len(sizes) > num_classes or (sizes == 0).any():
+        raise ValueError(f"every class in 0..{num_classes - 1}, and no other, needs a training feature")
     means = torch.zeros(num_classes, train_features.shape[1], device=train_features.device)
     means.index_add_(0, train_targets, F.normalize(train_features.float(), dim=1))  # direction of the sum
     return (F.normalize(test_features.float(), dim=1) @ F.normalize(means, dim=1).t()).argmax(1)
@@ -117,7 +118,9 @@ def predict(model, batches, autocast):
     """
     model.eval()
     outputs = []
-    for images, targets, *_ in batches:
+    for images, targets, *rest in batches:
+        if rest and rest[0] == 0:  # share: it holds no readable image
+            continue
         with autocast():
             logits, features = model(images)
         outputs.append((logits.float(), features.float(), targets))
@@ -130,7 +133,9 @@ def class_sums(model, batches, num_classes, autocast):
     counts, these are the means that `nearest_class_mean` compares with. The model is left in eval mode."""
     model.eval()
     sums = None
-    for images, targets, *_ in batches:
+    for images, targets, *rest in batches:
+        if rest and rest[0] == 0:  # share: it holds no readable image
+            continue
         with autocast():
             features = model(images)[1]
         features = F.normalize(features.float(), dim=1)

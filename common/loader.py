@@ -169,13 +169,14 @@ class ResidentLoader:
         """Standard normal noise [N, *shape]: drawn for the global batch, of which the positions take
         theirs."""
         number, first = divmod(positions.start, self.batch_size)
-        generator = torch.Generator(self.device).manual_seed(mix_seed(self.seed, epoch, number))
+        generator = torch.Generator(self.device).manual_seed(mix_seed(self.seed, epoch, number + 1))
         drawn = torch.randn(self.batch_size, *shape, generator=generator, device=self.device)
         return drawn[first:first + positions.stop - positions.start:positions.step]
 
 
 def mix_seed(*numbers):
-    """A 63-bit seed made from non-negative integers; other numbers, or another order, give another seed."""
+    """A 63-bit seed made from non-negative integers; other numbers, or another order, give another seed (zeros
+    at the end do not count)."""
     words = np.random.SeedSequence(numbers).generate_state(2, np.uint32)
     return int(words[0]) << 31 | int(words[1]) >> 1
 
@@ -265,11 +266,10 @@ class StreamedLoader:
                 bad = [reason for reason in reasons if reason]
                 if not self.skip_bad:
                     raise UnreadableImage(f"cannot decode {bad[0]} (--skip-bad-images leaves such files out)")
-                if not readable:
-                    raise UnreadableImage(f"no image of a batch can be decoded, among them {bad[0]}")
                 self.bad_images.update(bad)
-                images, targets = images[readable], targets[readable]
                 share *= len(readable) / len(reasons)
+                readable = readable or [0]  # a batch of bad images alone: a black one that counts nothing, so
+                images, targets = images[readable], targets[readable]  # that the ranks stay in step
             images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
             yield Batch(images, targets.to(self.device, non_blocking=True), share, ends_step)
 

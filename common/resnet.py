@@ -15,13 +15,13 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut without parameters (option A of He et al., CVPR 2016, section 4.2):
     every second pixel, the new channels zero, half of them before and half behind the old ones."""
 
-    def __init__(self, in_channels, channels, stride):
+    def __init__(self, in_channels, channels, stride, last_relu=True):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.stride, self.new_channels = stride, channels - in_channels
+        self.stride, self.new_channels, self.last_relu = stride, channels - in_channels, last_relu
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -29,19 +29,20 @@ class BasicBlock(nn.Module):
         if self.stride > 1 or self.new_channels:
             half = self.new_channels // 2
             x = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, half, self.new_channels - half))
-        return F.relu(out + x, inplace=True)
+        return F.relu(out + x, inplace=True) if self.last_relu else out + x
 
 
 class CifarResNet(nn.Module):
     """ResNet of depth 6n + 2 for small images: three groups of n blocks, 16, 32 and 64 channels wide.
 
-    forward: [N, 3, H, W] -> features [N, 64], average-pooled. Raises ValueError for a depth not 6n + 2.
-    He et al., CVPR 2016, section 4.2; initialisation as LDAM-DRW@2536330 (Kaiming normal). ResNet-32 with a
-    linear classifier over 10 classes has 464,154 parameters.
+    forward: [N, 3, H, W] -> features [N, 64], average-pooled. last_relu: whether the last block ends in a
+    ReLU; without it features can be negative. Raises ValueError for a depth not 6n + 2. He et al., CVPR 2016,
+    section 4.2; initialisation as LDAM-DRW@2536330 (Kaiming normal). ResNet-32 with a linear classifier over
+    10 classes has 464,154 parameters.
     """
     feature_dim = 64
 
-    def __init__(self, depth):
+    def __init__(self, depth, last_relu=True):
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"a CIFAR ResNet has depth 6n + 2 (14, 20, 32, ...), got {depth}")
@@ -52,6 +53,7 @@ class CifarResNet(nn.Module):
             for i in range((depth - 2) // 6):
                 blocks.append(BasicBlock(in_channels, channels, 2 if i == 0 and channels > 16 else 1))
                 in_channels = channels
+        blocks[-1].last_relu = last_relu
         self.blocks = nn.Sequential(*blocks)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -62,7 +64,34 @@ class CifarResNet(nn.Module):
         return self.blocks(x).mean((2, 3))
 
 
-def _torchvision_resnet(arch, image_size):
+class _WithoutLastReLU(nn.Module):
+    """A torchvision block whose output is not rectified."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        block = self.block
+        out = block.bn2(block.conv2(block.relu(block.bn1(block.conv1(x)))))
+        if hasattr(block, "conv3"):  # a bottleneck
+            out = block.bn3(block.conv3(block.relu(out)))
+        return out + (x if block.downsample is None else block.downsample(x))
+
+
+def _pretrained_weights(arch):
+    """torchvision's ImageNet-1K weights by name, from its cache or downloaded. Raises ValueError offline."""
+    from torchvision.models import get_model_weights
+    weights = get_model_weights(arch).IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except OSError as reason:  # what urllib raises without a network
+        raise ValueError(f"the ImageNet weights of {arch} could not be downloaded ({reason}); put "
+                         f"{weights.url.rsplit('/', 1)[1]} from {weights.url} into "
+                         f"{torch.hub.get_dir()}/checkpoints") from reason
+
+
+def _torchvision_resnet(arch, image_size, last_relu, pretrained):
     """torchvision's ResNet without its classifier; gamma of each block's last batch norm starts at 0."""
     from torchvision.models import resnet as tv  # imported here: the CIFAR nets need no torchvision
     if arch == "resnet10":  # OLTR@f50e375: one basic block a group
@@ -73,22 +102,30 @@ def _torchvision_resnet(arch, image_size):
         net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
+    if pretrained:
+        net.load_state_dict(_pretrained_weights(arch))
     net.feature_dim = net.fc.in_features
     net.fc = nn.Identity()
+    if not last_relu:
+        net.layer4[-1] = _WithoutLastReLU(net.layer4[-1])
     return net
 
 
-def build_backbone(arch, image_size=32):
-    """A backbone by name, randomly initialised.
+def build_backbone(arch, image_size=32, last_relu=True, pretrained=False):
+    """A backbone by name.
 
     arch: one of `ARCHS`; resnet14, 20 and 32 are the CIFAR nets, the others torchvision's (bottlenecks v1.5:
-    stride on the 3x3; a 3x3 stem without pooling up to 64 pixels). image_size: side in pixels.
-    Returns a module [N, 3, H, W] -> [N, feature_dim]. Raises ValueError for an unknown name.
+    stride on the 3x3; a 3x3 stem without pooling up to 64 pixels). image_size: side in pixels. last_relu:
+    False lets features be negative. pretrained: start from torchvision's ImageNet-1K weights (above 64
+    pixels). Returns a module [N, 3, H, W] -> [N, feature_dim]. Raises ValueError for an unknown name, or
+    where there are no such weights.
     """
+    if pretrained and (arch not in IMAGENET_ARCHS or arch == "resnet10" or image_size <= 64):
+        raise ValueError(f"there are no ImageNet weights for {arch} at {image_size} pixels")
     if arch in CIFAR_DEPTHS:
-        return CifarResNet(CIFAR_DEPTHS[arch])
+        return CifarResNet(CIFAR_DEPTHS[arch], last_relu)
     if arch in IMAGENET_ARCHS:
-        return _torchvision_resnet(arch, image_size)
+        return _torchvision_resnet(arch, image_size, last_relu, pretrained)
     raise ValueError(f"unknown architecture {arch!r}; known: {', '.join(ARCHS)}")
 
 

@@ -320,6 +320,7 @@ BAD_NPZ = {
     "negative label": change(y_train=lambda a: a["y_train"] - 1),
     "negative labels only": change(y_train=lambda a: a["y_train"] - 9),
     "negative test label": change(y_test=lambda a: a["y_test"] - 1),
+    "absurd label": change(y_train=lambda a: a["y_train"] * 10 ** 15),  # more class names than memory holds
     "test label out of range": change(y_test=lambda a: a["y_test"] + 1),
     "label beyond class_names": change(class_names=lambda a: np.array(["a", "b"])),
     "class without a training image": change(y_train=lambda a: np.array([0, 3, 2, 0, 3, 0])),
@@ -484,6 +485,18 @@ def test_image_side_reads_an_npz_by_its_header(tmp_path):
         assert image_side(str(tmp_path / nothing)) is None
 
 
+def test_image_side_leaves_a_damaged_npz_to_load(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, **arrays_of())
+    damaged = bytearray(path.read_bytes())
+    start = damaged.index(b"x_train.npy") + len("x_train.npy") + 20  # behind its name and zip64 field
+    damaged[start:start + 4] = b"\xff" * 4  # no deflate block begins so
+    path.write_bytes(damaged)
+    assert image_side(str(path)) is None
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        load(str(path))
+
+
 def test_image_side_reads_a_folders_first_image(tmp_path):
     root = write_tree(tmp_path / "a", {"a": 1, "b": 1}, side=(30, 70))
     assert image_side("folder", root) == 70
@@ -557,6 +570,8 @@ def test_make_takes_train_and_val_apart_and_writes_what_it_took(tmp_path):
     assert np.bincount(made["y_train"]).tolist() == counts.tolist()
     assert np.bincount(made["y_val"]).tolist() == [100] * 10
     assert np.bincount(made["y_test"]).tolist() == [200] * 10
+    kept = ldam_drw_indices(labels, counts)
+    assert np.array_equal(made["x_train"], images[kept]) and np.array_equal(made["y_train"], labels[kept])
     label_of = {image.tobytes(): label for image, label in zip(images, labels)}
     taken = [(image.tobytes(), label) for part in ("train", "val")
              for image, label in zip(made[f"x_{part}"], made[f"y_{part}"])]

@@ -206,7 +206,7 @@ def test_nearest_class_mean_by_hand():
 
 def test_nearest_class_mean_refuses_what_has_no_mean():
     train, targets, test = random_features()
-    with pytest.raises(ValueError, match="no training feature"):
+    with pytest.raises(ValueError, match="needs a training feature"):
         nearest_class_mean(train, targets, test, 6)
     for bad in ((train, targets, test[:, :3], 5), (train[:-1], targets, test, 5)):
         with pytest.raises(ValueError):
