@@ -220,8 +220,8 @@ def _npz(name, path, imb_factor, seed, border=0):
     if len(train) == 0:
         raise ValueError(f"{path}: x_train has no images")
     if train.targets.max() >= len(train) and "class_names" not in arrays:  # or a class would have no image
-        raise ValueError(f"{path}: y_train holds {train.targets.max()}, but only {len(train)} images: class ids "
-                         "must be 0..C-1, each with an image")
+        raise ValueError(f"{path}: y_train holds {train.targets.max()} among only {len(train)} images: class "
+                         "ids must be 0..C-1, each with an image")
     names = arrays["class_names"].astype(str).tolist() if "class_names" in arrays else \
         [str(i) for i in range(train.targets.max() + 1)]
     if imb_factor is not None:

@@ -175,8 +175,8 @@ class ResidentLoader:
 
 
 def mix_seed(*numbers):
-    """A 63-bit seed made from non-negative integers; other numbers, or another order, give another seed (zeros
-    at the end do not count)."""
+    """A 63-bit seed made from non-negative integers; other numbers, or another order, give another seed, but
+    zeros at the end do not count."""
     words = np.random.SeedSequence(numbers).generate_state(2, np.uint32)
     return int(words[0]) << 31 | int(words[1]) >> 1
 
