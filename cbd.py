@@ -70,15 +70,6 @@ DISTILLING, FROM_TEACHER = ("cbd", "kd", "hybrid"), ("finetune", "crt")
 SECOND_STAGES = (*DISTILLING, "class-balanced", *FROM_TEACHER)
 
 
-def dataset_recipe(args):
-    """The recipe of a data set: its own, else cifar100_lt up to 64 pixels, else imagenet_lt."""
-    if args.dataset in RECIPES:
-        return args.dataset
-    if args.dataset == "fashion_mnist_lt":
-        return "cifar10_lt"
-    return "cifar100_lt" if (image_side(args.dataset, args.data_dir) or 32) <= 64 else "imagenet_lt"
-
-
 def parse_args(argv=None):
     boolean = argparse.BooleanOptionalAction
     parser = runtime.Parser(description=__doc__.split("\n\n")[0])
@@ -127,7 +118,7 @@ def parse_args(argv=None):
     add("--time-limit", type=float, metavar="MINUTES", help="stop after an epoch; --resume goes on")
     add("--resume", action=boolean, default=False, help="continue what is in --out, or start")
     add("--out", help="(runs/cbd_<dataset>_seed<seed>)")
-    return runtime.parse_with_recipe(parser, RECIPES, dataset_recipe, argv)
+    return runtime.parse_with_recipe(parser, RECIPES, image_side, argv)
 
 
 # ---------------------------------------------------------------- samplers
@@ -257,15 +248,7 @@ def load_model(path, arch=None, num_classes=None):
 
     arch, num_classes: refuse a net that has others. Raises ValueError.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"no such checkpoint: {path}")
-    saved = runtime.load_checkpoint(path)
-    if not isinstance(saved, dict) or saved.get("method") != "cbd":
-        raise ValueError(f"{path} is not a net that cbd.py saved")
-    if arch not in (None, saved["arch"]):
-        raise ValueError(f"{path} holds a {saved['arch']}, not a {arch} (--arch)")
-    if num_classes not in (None, len(saved["class_names"])):
-        raise ValueError(f"{path} knows {len(saved['class_names'])} classes, the data set has {num_classes}")
+    saved = runtime.load_net(path, "cbd", arch, num_classes)
     model = CBDNet(saved["arch"], len(saved["class_names"]), saved["gamma"], saved["project_to"],
                    saved["image_size"])
     model.load_state_dict(saved["state_dict"])
@@ -434,11 +417,13 @@ def main(args):
             return {"method": "cbd", "dataset": data.name, **result}
         run = runtime.open_run(args, "cbd")
     with runtime.bad_input(UnreadableImage):
-        return run_stages(args, data, loaders, kinds, trained, run, device)
+        stages = run_stages(args, data, loaders, kinds, trained, run, device)
+    runtime.say(table([(stage["name"], stage) for stage in stages]))
+    return run.finish("cbd", data, stages)
 
 
 def run_stages(args, data, loaders, kinds, trained, run, device):
-    """Both stages and the final table. Returns what result.json holds."""
+    """Both stages. Returns result.json's `stages`: teachers, their ensemble, student."""
     where = dict(data=data, loaders=loaders, args=args, run=run, device=device)
     class_counts = torch.from_numpy(data.class_counts).to(device)
 
@@ -464,7 +449,7 @@ def run_stages(args, data, loaders, kinds, trained, run, device):
         stages.append(entry)
         members.append(member)
     if args.only_teacher:
-        return finish(run, data, stages)
+        return stages
     if len(teachers) > 1:  # section 4.3: the average output; NCM on what the student is distilled from, V_hat
         logits, features, means, targets = zip(*members)
         entry = scores(torch.stack(logits).mean(0), targets[0], data.class_counts)
@@ -505,13 +490,7 @@ def run_stages(args, data, loaders, kinds, trained, run, device):
     _, entry, _ = run_stage(name, "student.pt", model, dict(
         loss_of=student_loss, augmentation=args.student_augmentation, epochs=epochs, lr=lr,
         sample=class_balanced_indices if sampling == "class-balanced" else instance_indices), **where)
-    return finish(run, data, [*stages, entry])
-
-
-def finish(run, data, stages):
-    """Print the final table and write result.json, whose own numbers are the last stage's."""
-    runtime.say(table([(stage["name"], stage) for stage in stages]))
-    return run.finish("cbd", data, stages)
+    return [*stages, entry]
 
 
 if __name__ == "__main__":

@@ -46,15 +46,18 @@ def bad_input(kind=ValueError):
         fail(reason)
 
 
-def parse_with_recipe(parser, recipes, dataset_recipe, argv=None):
+def parse_with_recipe(parser, recipes, image_side, argv=None):
     """Parse argv with the chosen recipe's settings as the defaults, so that flags win.
 
     recipes: {name: {flag with underscores: value, "quick": {...}}}; `quick` holds what --quick changes.
-    dataset_recipe(args): the recipe's name for a data set, used when --recipe is not given.
+    Without --recipe it is the data set's own; if it has none, cifar100_lt up to 64 pixels, else imagenet_lt.
+    image_side(dataset, data_dir): side of a data set's images in pixels, None where that is not known yet.
     """
     first = [a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")]
     known, _ = parser.parse_known_args(first)
-    name = known.recipe or dataset_recipe(known)
+    name = known.recipe or known.dataset
+    if not known.recipe and name not in recipes:
+        name = "cifar100_lt" if (image_side(name, known.data_dir) or 32) <= 64 else "imagenet_lt"
     if name not in recipes:
         fail(f"unknown recipe {name!r}; known: {', '.join(recipes)}")
     settings = dict(recipes[name])
@@ -230,6 +233,24 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as reason:  # torch, zipfile and pickle each raise their own
         raise ValueError(f"cannot read the checkpoint {path}: {str(reason).splitlines()[0]}") from reason
+
+
+def load_net(path, method, arch=None, num_classes=None):
+    """What a method's script saved of a net: its "state_dict", "arch", "class_names", "mean", "std", ...
+
+    method, arch, num_classes: refuse a net of another script, architecture or number of classes. Raises
+    ValueError.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no such checkpoint: {path}")
+    saved = load_checkpoint(path)
+    if not isinstance(saved, dict) or saved.get("method") != method:
+        raise ValueError(f"{path} is not a net that {method}.py saved")
+    if arch not in (None, saved["arch"]):
+        raise ValueError(f"{path} holds a {saved['arch']}, not a {arch} (--arch)")
+    if num_classes not in (None, len(saved["class_names"])):
+        raise ValueError(f"{path} knows {len(saved['class_names'])} classes, the data set has {num_classes}")
+    return saved
 
 
 class Run:

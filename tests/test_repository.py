@@ -16,6 +16,8 @@ SOURCES = [*(ROOT / f"{name}.py" for name in METHODS), *sorted((ROOT / "common")
 PURE = {  # samplers, losses, schedules: method -> names
     "cbd": ["instance_indices", "class_balanced_indices", "feature_distillation_loss", "cbd_loss",
             "classifier_distillation_loss", "logit_adjusted", "cosine_lr"],
+    "async_lt": ["progressive_probabilities", "weighted_indices", "select_exemplars", "memory_retentive_loss",
+                 "margin_loss", "step_lr", "cosine_lr"],
 }
 
 
@@ -93,7 +95,13 @@ def test_a_sampler_loss_or_schedule_runs_from_its_own_source_alone(method, name)
         "cbd_loss": lambda: (logits[0], targets, *features),
         "classifier_distillation_loss": lambda: (logits[0], targets, logits[1]),
         "logit_adjusted": lambda: (logits[0], torch.tensor([4, 3, 2, 1])),
-        "cosine_lr": lambda: (3, 10, 0.1)}[name]
+        "cosine_lr": lambda: (3, 10, 0.1) if method == "cbd" else (0.3, 0.1),
+        "progressive_probabilities": lambda: (torch.tensor([5, 3, 1]), 0.3),
+        "weighted_indices": lambda: (targets, torch.ones(4) / 4, generator()),
+        "select_exemplars": lambda: (features[0], 3),
+        "memory_retentive_loss": lambda: tuple(features),
+        "margin_loss": lambda: (logits[0], targets, 2),
+        "step_lr": lambda: (0.85, 0.1, [0.8, 0.9], 0.01)}[name]
     alone, ours = namespace[name](*arguments()), function(*arguments())
     assert torch.equal(torch.as_tensor(alone), torch.as_tensor(ours))
 
@@ -102,7 +110,7 @@ def test_every_loss_sampler_and_schedule_is_in_the_test_above():
     for method in METHODS:
         module = importlib.import_module(method)
         own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == method]
-        pure = {name for name in own if re.search(r"_(loss|indices|lr|adjusted|probabilities)$", name)}
+        pure = {name for name in own if re.search(r"_(loss|indices|lr|adjusted|probabilities|exemplars)$", name)}
         assert pure == set(PURE[method])
 
 
