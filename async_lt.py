@@ -35,7 +35,6 @@ What to expect, with commands, hardware and raw logs: results/async_lt.md.
 import argparse
 import copy
 import math
-import os
 import time
 from pathlib import Path
 
@@ -92,7 +91,7 @@ def parse_args(argv=None):
     add("--imb-factor", type=float, help="largest class / smallest class, at least 1")
     add("--subset-seed", type=int, default=0, help="which images are kept; 0 as in LDAM-DRW")
     add("--evaluate-on", choices=["test", "val"], default="test", help="split that is scored")
-    add("--workers", type=int, default=os.cpu_count(), help="decoding processes for image files, a rank")
+    add("--workers", type=int, default=runtime.cores(), help="decoding processes for image files, a rank")
     add("--skip-bad-images", action=boolean, default=False, help="leave out files that cannot be decoded")
     add = parser.add_argument_group("method").add_argument
     add("--plain", action=boolean, help="the paper's single-phase baseline alone; --no-plain leaves it out")
@@ -343,7 +342,8 @@ def train_stage(name, model, loss_of, sample, epochs, lr, is_head, data, loaders
         steps = math.ceil(len(indices) / args.batch_size)  # the last partial batch included
         losses = torch.zeros(steps, device=device)
         for images, targets, share, ends_step in tqdm(
-                loader.batches(indices, epoch), f"{name}, epoch {epoch + 1}", leave=False, disable=None):
+                loader.batches(indices, epoch), f"{name}, epoch {epoch + 1}", steps * args.grad_accumulation,
+                leave=False, disable=None if runtime.rank() == 0 else True):
             with autocast():
                 loss = share * loss_of(images, targets, *forward(images))
             loss.backward()
@@ -372,8 +372,7 @@ def train_stage(name, model, loss_of, sample, epochs, lr, is_head, data, loaders
         run.save(**state, model=model.state_dict(), optimizer=optimizer.state_dict(), done=done)
         if epoch + 1 < epochs:
             run.stop_when_late()
-    for reason in sorted(loader.bad_images):
-        runtime.say(f"left out by --skip-bad-images: {reason}")
+    runtime.report_bad_images([loader])
     return {"best_all": state["best_all"], "seconds": state["seconds"],
             "images_per_second": epochs * len(sample(0, torch.Generator())) / state["seconds"]}
 
@@ -421,7 +420,7 @@ def check_args(args):
     """Refuse values of this method's flags that cannot work. Raises ValueError."""
     if args.memory_per_class < 1 or (args.phase_two_epochs is not None and args.phase_two_epochs < 1):
         raise ValueError("--memory-per-class and --phase-two-epochs must be at least 1")
-    if min(args.temperature, args.scale) <= 0 or min(args.lambda_scale, args.phase_two_lr or 0) < 0:
+    if not (args.temperature > 0 and args.scale > 0) or args.lambda_scale < 0 or (args.phase_two_lr or 0) < 0:
         raise ValueError("--temperature and --scale must be positive, --lambda-scale and --phase-two-lr not "
                          "negative")
     if args.plain and args.phase_one_checkpoint:
@@ -433,29 +432,29 @@ def main(args):
         device = runtime.start_ranks(args.device)
         runtime.check_flags(args, device)
         check_args(args)
-        data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed)
+        with runtime.first_rank_first():
+            data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed)
         split = getattr(data, args.evaluate_on)
         if split is None:
             raise ValueError(f"{data.name} has no validation images; leave out --evaluate-on val")
+        split_batches(1, args.batch_size, 0, runtime.ranks(), args.grad_accumulation)  # raises if it cannot
+        path = args.evaluate or args.phase_one_checkpoint
+        if path:  # a trained net sees images as it did when it was trained
+            trained, saved = load_model(path, None if args.evaluate else args.arch, data.num_classes)
+            data.mean, data.std = saved["mean"], saved["std"]
         loaders = [make_loader(part, data, 256, device, workers=args.workers, skip_bad=args.skip_bad_images)
                    for part in (data.train, split)]
-        split_batches(1, args.batch_size, 0, runtime.ranks(), args.grad_accumulation)  # raises if it cannot
         if args.evaluate:
-            model, _ = load_model(args.evaluate, num_classes=data.num_classes)
-            result = assess(model.to(device), loaders[1], data, args.amp)
+            result = assess(trained.to(device), loaders[1], data, args.amp)
             runtime.say(table([(Path(args.evaluate).stem, result)]))
             return {"method": "async_lt", "dataset": data.name, **result}
         order, num_old = phase_one_classes(data.class_counts, args.phase_one_classes)
-        trained = None
-        if args.phase_one_checkpoint:
-            trained, _ = load_model(args.phase_one_checkpoint, args.arch, data.num_classes)
-            if not torch.equal(trained.known.nonzero().flatten(), order[:num_old].sort().values):
-                raise ValueError(f"{args.phase_one_checkpoint} was trained on other classes than the {num_old} "
-                                 "of phase one here")
+        if path and not torch.equal(trained.known.nonzero().flatten(), order[:num_old].sort().values):
+            raise ValueError(f"{path} was trained on other classes than the {num_old} of phase one here")
         build_backbone(args.arch, data.image_size, pretrained=args.pretrained)  # without weights, says so now
         run = runtime.open_run(args, "async_lt")
-    with runtime.bad_input(UnreadableImage):
-        stages = run_stages(args, data, loaders, order, num_old, trained, run, device)
+    with runtime.bad_input(UnreadableImage, shared=False):
+        stages = run_stages(args, data, loaders, order, num_old, trained if path else None, run, device)
     runtime.say(table([(stage["name"], stage) for stage in stages]))
     return run.finish("async_lt", data, stages)
 

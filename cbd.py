@@ -16,9 +16,15 @@ Where we depart, [G] being the authors' code, google-research/class_balanced_dis
 - paper: pixels not described ([G]: in [0, 1]) / here: minus mean, over standard deviation.
 - paper: the loss is "replaced by" logit adjustment / here: --loss logit-adjusted then samples by instance,
   because the log prior must be that of the samples; --student-sampling class-balanced is the other reading.
-- paper: epochs of the re-trained classifier (crt) not given / here: 10, as in classifier-balancing@f162ade.
-- paper: the hybrid is not written out / here: (1 - alpha) CE + alpha (beta l_F + T^2 l_KD).
-- paper: nothing smaller than ImageNet-LT / here: the recipes for small images are ours.
+  With kd and hybrid the adjusted logits are distilled too: the teachers' hold the prior as well.
+- paper: epochs and lr of the re-trained classifier (crt) not given / here: 10 epochs, as
+  classifier-balancing@f162ade has on ImageNet-LT (30 on iNaturalist), at stage one's lr.
+- paper: fine-tuning at lr .01 for 10 epochs / here: with the same cosine schedule as every stage.
+- paper: the augmented teacher's "color jitter" has no strength / here: SimCLR's, with greyscale, as in [G].
+- paper: the hybrid is not written out / here: (1 - alpha) CE + alpha (beta l_F + T^2 l_KD); with several
+  teachers kd and hybrid distil the mean of their logits.
+- paper: precision not given / here: bf16 products where the device computes them; --no-amp for float32.
+- paper: nothing smaller than ImageNet-LT / here: recipes for small images are ours, and so are all --quick.
 
     python cbd.py                                                     # embedded images, 2 minutes on 2 cores
     python cbd.py --dataset cifar100_lt --teachers 4
@@ -29,7 +35,6 @@ What to expect, with commands, hardware and raw logs: results/cbd.md.
 import argparse
 import copy
 import math
-import os
 import time
 from pathlib import Path
 
@@ -67,6 +72,7 @@ RECIPES = {
         quick=dict(epochs=30)),
 }
 DISTILLING, FROM_TEACHER = ("cbd", "kd", "hybrid"), ("finetune", "crt")
+UNTRAINED = {"best_all": None, "seconds": None, "images_per_second": None}  # of a stage that trains nothing
 SECOND_STAGES = (*DISTILLING, "class-balanced", *FROM_TEACHER)
 
 
@@ -80,7 +86,7 @@ def parse_args(argv=None):
     add("--imb-factor", type=float, help="largest class / smallest class, at least 1")
     add("--subset-seed", type=int, default=0, help="which images are kept; 0 as in LDAM-DRW")
     add("--evaluate-on", choices=["test", "val"], default="test", help="split that is scored")
-    add("--workers", type=int, default=os.cpu_count(), help="decoding processes for image files, a rank")
+    add("--workers", type=int, default=runtime.cores(), help="decoding processes for image files, a rank")
     add("--skip-bad-images", action=boolean, default=False, help="leave out files that cannot be decoded")
     add = parser.add_argument_group("method").add_argument
     add("--teachers", type=int, help="K (1 unless kinds or checkpoints say more)")
@@ -137,9 +143,11 @@ def class_balanced_indices(targets, generator, length=None):
     """
     targets = torch.as_tensor(targets)
     length = len(targets) if length is None else length
-    if targets.ndim != 1 or len(targets) == 0 or length < 0:
-        raise ValueError(f"targets must be a vector of class ids, not empty, and length not negative, got "
-                         f"{list(targets.shape)} and {length}")
+    if targets.ndim != 1 or len(targets) == 0 or targets.is_floating_point() or targets.min() < 0:
+        raise ValueError(f"targets must be class ids from 0 in a vector, not empty, got {targets.dtype} "
+                         f"{list(targets.shape)}")
+    if length < 0:
+        raise ValueError(f"length must not be negative, got {length}")
     class_sizes = torch.bincount(targets)
     classes = class_sizes.nonzero().flatten()
     members = targets.argsort(stable=True).split(class_sizes[classes].tolist())
@@ -170,6 +178,9 @@ def cbd_loss(logits, targets, student_features, teacher_features, alpha=0.4, bet
     if student_features.shape != teacher_features.shape or student_features.ndim != 2:
         raise ValueError(f"features must both be [N, D], got {list(student_features.shape)} and "
                          f"{list(teacher_features.shape)}")
+    if logits.ndim != 2 or not len(logits) == len(targets) == len(student_features):
+        raise ValueError(f"logits must be [N, C] and targets [N], got {list(logits.shape)} and "
+                         f"{list(targets.shape)} with features {list(student_features.shape)}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
     distance = (1 - F.cosine_similarity(student_features.float(), teacher_features.float(), dim=1)).mean()
@@ -191,13 +202,12 @@ def classifier_distillation_loss(logits, targets, teacher_logits, alpha=0.4, tem
     return (1 - alpha) * F.cross_entropy(logits.float(), targets) + alpha * temperature ** 2 * l_kd  # Eq. (3)
 
 
-def logit_adjusted(logits, class_counts, tau=1.0):
+def logit_adjusted(logits, log_prior, tau=1.0):
     """z + tau log prior: cross-entropy on it is the logit-adjusted loss of Menon et al. (ICLR 2021), for
-    samples drawn from that prior. logits: [N, C]; class_counts: [C], positive. Returns [N, C]. Raises
-    ValueError."""
-    if (class_counts <= 0).any() or logits.shape[-1] != len(class_counts):
-        raise ValueError("class_counts must hold one positive count for each class")
-    return logits + tau * (class_counts / class_counts.sum()).log()
+    samples drawn from that prior. logits: [N, C]; log_prior: [C]. Returns [N, C]. Raises ValueError."""
+    if logits.shape[-1:] != log_prior.shape:
+        raise ValueError(f"log_prior {list(log_prior.shape)} does not fit logits {list(logits.shape)}")
+    return logits + tau * log_prior
 
 
 # ---------------------------------------------------------------- what the paper adds to a backbone
@@ -211,7 +221,7 @@ class CBDNet(nn.Module):
 
     def __init__(self, arch, num_classes, gamma=20.0, project_to=None, image_size=32):
         super().__init__()
-        self.backbone = build_backbone(arch, image_size)
+        self.backbone, self.image_size = build_backbone(arch, image_size), image_size
         self.feature_dim = project_to or self.backbone.feature_dim
         self.h = nn.Linear(self.backbone.feature_dim, project_to) if project_to else None
         if self.h is not None:  # [G]: Keras's default
@@ -237,8 +247,9 @@ def teacher_outputs(teachers, images):
 def save_model(path, model, augmentation, args, data):
     """Write a net with what rebuilds it and prepares its images, and how it was augmented."""
     runtime.save_checkpoint(path, {
-        "method": "cbd", "arch": args.arch, "gamma": args.gamma, "image_size": data.image_size,
-        "augmentation": augmentation, "project_to": None if model.h is None else model.feature_dim,
+        "method": "cbd", "arch": args.arch, "gamma": model.classifier.scale.item(),
+        "image_size": model.image_size, "augmentation": augmentation,
+        "project_to": None if model.h is None else model.feature_dim,
         "dataset": data.name, "class_names": data.class_names, "mean": data.mean, "std": data.std,
         "state_dict": {name: value.cpu() for name, value in model.state_dict().items()}})
 
@@ -293,7 +304,8 @@ def train_stage(name, model, loss_of, sample, augmentation, epochs, lr, data, te
             part.train(any(p.requires_grad for p in part.parameters()))
         indices = sample(all_targets, runtime.generator(args.seed, name, "sampling", epoch))
         for images, targets, share, ends_step in tqdm(
-                loader.batches(indices, epoch), f"{name}, epoch {epoch + 1}", leave=False, disable=None):
+                loader.batches(indices, epoch), f"{name}, epoch {epoch + 1}", steps * args.grad_accumulation,
+                leave=False, disable=None if runtime.rank() == 0 else True):
             with autocast():
                 loss = share * loss_of(images, targets, *forward(images))
             loss.backward()
@@ -319,8 +331,7 @@ def train_stage(name, model, loss_of, sample, augmentation, epochs, lr, data, te
         run.save(**state, model=model.state_dict(), optimizer=optimizer.state_dict(), done=done)
         if epoch + 1 < epochs:
             run.stop_when_late()
-    for reason in sorted(loader.bad_images):
-        runtime.say(f"left out by --skip-bad-images: {reason}")
+    runtime.report_bad_images([loader])
     return {"best_all": state["best_all"], "seconds": state["seconds"],
             "images_per_second": epochs * len(all_targets) / state["seconds"]}
 
@@ -341,7 +352,7 @@ def assess(model, train_loader, test_loader, data, amp):
                                          runtime.autocast(train_loader.device, amp)))
     means /= torch.from_numpy(data.class_counts).to(means.device)[:, None]
     return {**scores(logits, targets, data.class_counts), "ncm": ncm_accuracy(means, features, targets)}, \
-        (logits, F.normalize(features, dim=1), means, targets)
+        [part.cpu() for part in (logits, F.normalize(features, dim=1), means, targets)]
 
 
 def ncm_accuracy(means, features, targets):
@@ -368,14 +379,27 @@ def run_stage(name, file, model, how, data, loaders, args, run, device):
         run.save(done=done)
     model.eval().requires_grad_(False)
     result, for_ensemble = assess(model, *loaders, data, args.amp)
-    untrained = {"best_all": None, "seconds": None, "images_per_second": None}
-    return model, {"name": name, **result, **done.get(name, untrained)}, for_ensemble
+    return model, {"name": name, **result, **done.get(name, UNTRAINED)}, for_ensemble
 
 
 # ---------------------------------------------------------------- main
 
+def check_args(args):
+    """Refuse values of this method's flags that cannot work. Raises ValueError."""
+    if not (0 <= args.alpha <= 1 and args.beta >= 0 and args.noise >= 0):
+        raise ValueError("--alpha must lie in [0, 1], --beta and --noise must not be negative")
+    if not (args.gamma > 0 and args.temperature > 0):
+        raise ValueError("--gamma and --temperature must be positive")
+
+
+def default_kinds(num_teachers):
+    """Standard and augmented in turn, an odd last one augmented: Table 1's best rows."""
+    kinds = [("standard", "augmented")[i % 2] for i in range(num_teachers)]
+    return kinds if num_teachers == 1 or num_teachers % 2 == 0 else [*kinds[:-1], "augmented"]
+
+
 def teacher_kinds(args):
-    """K kinds: as named, else standard and augmented in turn, an odd last one augmented (Table 1's best)."""
+    """The K teachers' kinds, as named or by default. Raises ValueError where flags contradict one another."""
     counts = {len(given) for given in (args.teacher_kinds, args.teacher_checkpoints) if given}
     counts |= set() if args.teachers is None else {args.teachers}
     if len(counts) > 1:
@@ -383,41 +407,43 @@ def teacher_kinds(args):
     num_teachers = counts.pop() if counts else 1
     if num_teachers < 1:
         raise ValueError(f"--teachers must be at least 1, got {num_teachers}")
-    positive = min(args.gamma, args.temperature) > 0
-    if not (0 <= args.alpha <= 1 and min(args.beta, args.noise) >= 0 and positive):
-        raise ValueError("--alpha must lie in [0, 1], --beta and --noise must not be negative, --gamma and "
-                         "--temperature must be positive")
     only = args.only_teacher
     if only is not None and (args.teacher_checkpoints or not 1 <= only <= num_teachers):
         raise ValueError(f"--only-teacher trains one of the {num_teachers} teachers, counted from 1 and "
                          f"without --teacher-checkpoints; got {only}")
-    kinds = args.teacher_kinds or [("standard", "augmented")[i % 2] for i in range(num_teachers)]
-    if args.teacher_kinds is None and num_teachers > 1 and num_teachers % 2:
-        kinds[-1] = "augmented"
-    return kinds
+    return args.teacher_kinds or default_kinds(num_teachers)
 
 
 def main(args):
     with runtime.bad_input():
         device = runtime.start_ranks(args.device)
         runtime.check_flags(args, device)
+        check_args(args)
         kinds = teacher_kinds(args)
-        data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed)
+        with runtime.first_rank_first():
+            data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed)
         split = getattr(data, args.evaluate_on)
         if split is None:
             raise ValueError(f"{data.name} has no validation images; leave out --evaluate-on val")
+        split_batches(1, args.batch_size, 0, runtime.ranks(), args.grad_accumulation)  # raises if it cannot
+        paths = [args.evaluate] if args.evaluate else args.teacher_checkpoints or []
+        trained = [load_model(path, None if args.evaluate else args.arch, data.num_classes) for path in paths]
+        for path, (_, saved) in zip(paths, trained):  # a trained net sees images as it did in training
+            if (saved["mean"], saved["std"]) != (trained[0][1]["mean"], trained[0][1]["std"]):
+                raise ValueError(f"{path} and {paths[0]} were trained on differently normalised images")
+            data.mean, data.std = saved["mean"], saved["std"]
         loaders = [make_loader(part, data, 256, device, workers=args.workers, skip_bad=args.skip_bad_images)
                    for part in (data.train, split)]
-        split_batches(1, args.batch_size, 0, runtime.ranks(), args.grad_accumulation)  # raises if it cannot
-        trained = [load_model(path, args.arch, data.num_classes) for path in args.teacher_checkpoints or []]
         if args.evaluate:
-            model, _ = load_model(args.evaluate, num_classes=data.num_classes)
+            model, _ = trained[0]
             result, _ = assess(model.to(device), *loaders, data, args.amp)
             runtime.say(table([(Path(args.evaluate).stem, result)]))
             return {"method": "cbd", "dataset": data.name, **result}
+        build_backbone(args.arch, data.image_size)  # fails now if it cannot be built
         run = runtime.open_run(args, "cbd")
-    with runtime.bad_input(UnreadableImage):
+    with runtime.bad_input(UnreadableImage, shared=False):
         stages = run_stages(args, data, loaders, kinds, trained, run, device)
+    runtime.report_bad_images(loaders)
     runtime.say(table([(stage["name"], stage) for stage in stages]))
     return run.finish("cbd", data, stages)
 
@@ -425,7 +451,7 @@ def main(args):
 def run_stages(args, data, loaders, kinds, trained, run, device):
     """Both stages. Returns result.json's `stages`: teachers, their ensemble, student."""
     where = dict(data=data, loaders=loaders, args=args, run=run, device=device)
-    class_counts = torch.from_numpy(data.class_counts).to(device)
+    log_prior = (torch.from_numpy(data.class_counts) / len(data.train)).log().to(device)
 
     def new_model(name, project_to=None):
         torch.manual_seed(runtime.derive_seed(args.seed, name, "initialisation"))
@@ -453,14 +479,18 @@ def run_stages(args, data, loaders, kinds, trained, run, device):
     if len(teachers) > 1:  # section 4.3: the average output; NCM on what the student is distilled from, V_hat
         logits, features, means, targets = zip(*members)
         entry = scores(torch.stack(logits).mean(0), targets[0], data.class_counts)
-        stages.append({"name": f"teacher ensemble, K={len(teachers)}", **entry,
+        stages.append({"name": f"teacher ensemble, K={len(teachers)}", **entry, **UNTRAINED,
                        "ncm": ncm_accuracy(torch.cat(means, 1), torch.cat(features, 1), targets[0])})
 
     # Stage two: a student from scratch, class-balanced sampling, Eq. (2) to (4); or a baseline
     second, adjusted = args.second_stage, args.loss == "logit-adjusted"
-    name = f"{second}, K={len(teachers)}" if second in DISTILLING else second
+    own_kinds = [saved["augmentation"] for _, saved in trained] or kinds
+    name = second
+    if second in DISTILLING:
+        name += f", K={len(teachers)}"
+        name += "" if own_kinds == default_kinds(len(teachers)) else " of " + " ".join(own_kinds)
     if second in FROM_TEACHER:  # the first teacher goes on: all of it, or a new classifier on what is frozen
-        name += f" of {kinds[0] if not trained else trained[0][1]['augmentation']}"
+        name += f" of {own_kinds[0]}"
         model = copy.deepcopy(teachers[0]).requires_grad_(second == "finetune")
         if second == "crt":
             torch.manual_seed(runtime.derive_seed(args.seed, "crt", "initialisation"))
@@ -474,7 +504,7 @@ def run_stages(args, data, loaders, kinds, trained, run, device):
 
     def student_loss(images, targets, logits, features):
         if adjusted:
-            logits = logit_adjusted(logits, class_counts)
+            logits = logit_adjusted(logits, log_prior)
         if second not in DISTILLING:
             return F.cross_entropy(logits, targets)
         teacher_features, teacher_logits = teacher_outputs(teachers, images)
@@ -486,7 +516,8 @@ def run_stages(args, data, loaders, kinds, trained, run, device):
         return loss
 
     epochs = args.second_stage_epochs or (10 if second in FROM_TEACHER else args.epochs)
-    lr = args.second_stage_lr or (0.01 if second == "finetune" else args.lr)  # footnote 2
+    lr = 0.01 if second == "finetune" else args.lr  # footnote 2
+    lr = lr if args.second_stage_lr is None else args.second_stage_lr
     _, entry, _ = run_stage(name, "student.pt", model, dict(
         loss_of=student_loss, augmentation=args.student_augmentation, epochs=epochs, lr=lr,
         sample=class_balanced_indices if sampling == "class-balanced" else instance_indices), **where)

@@ -128,14 +128,18 @@ class Dataset:
 def _as_rgb(images, border=0):
     """uint8 [n, H, W] or [n, H, W, 3] -> [n, H + 2 border, W + 2 border, 3], the border black."""
     images = images[..., None] if images.ndim == 3 else images
-    images = np.pad(images, ((0, 0), (border, border), (border, border), (0, 0)))
+    if border:
+        images = np.pad(images, ((0, 0), (border, border), (border, border), (0, 0)))
     return images if images.shape[3] == 3 else np.repeat(images, 3, axis=3)
 
 
 def _channel_statistics(images):
     """Mean and standard deviation per channel of uint8 images [n, H, W, 3], as fractions of 255."""
-    # Exact from the histogram: no float copy of the whole set
-    histograms = [np.bincount(images[..., c].ravel(), minlength=256).astype(np.float64) for c in range(3)]
+    # Exact from histograms, made of 1000 images at a time: no larger copy of the whole set
+    histograms = np.zeros((3, 256))
+    for start in range(0, len(images), 1000):
+        for c in range(3):
+            histograms[c] += np.bincount(images[start:start + 1000, ..., c].ravel(), minlength=256)
     values = np.arange(256) / 255
     means = [float(h @ values / h.sum()) for h in histograms]
     stds = [float(np.sqrt(h @ (values - m) ** 2 / h.sum())) or 1.0 for h, m in zip(histograms, means)]

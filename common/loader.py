@@ -8,6 +8,7 @@ Under torchrun every rank calls with the same list and gets its slice of each gl
 number of an augmentation is a function of (seed, epoch, position in the list): it does not change with the
 number of ranks, the number of workers, or a resumed run.
 """
+import math
 import os
 from typing import NamedTuple
 
@@ -47,8 +48,8 @@ def split_batches(num_indices, batch_size, rank=0, ranks=1, accumulation=1):
     """Positions of one rank's parts: yields (positions: a range, share, ends_step) for a list of that length.
 
     Global batch b holds positions b * batch_size onwards; the last one may be smaller. A rank takes every
-    ranks-th position of it. A global batch with fewer images than ranks goes to every rank whole, each with
-    share 1 / ranks, so no rank ever holds an empty batch. Raises ValueError.
+    ranks-th position of it, in as many parts as every other rank. A global batch with fewer images than ranks
+    goes to every rank whole, each with share 1 / ranks. So no part is ever empty. Raises ValueError.
     """
     if batch_size < 1 or accumulation < 1 or batch_size % (ranks * accumulation):
         raise ValueError(f"the batch size ({batch_size}) must be a multiple of ranks x gradient accumulation "
@@ -59,9 +60,14 @@ def split_batches(num_indices, batch_size, rank=0, ranks=1, accumulation=1):
             whole = range(start, min(start + batch_size, num_indices))
             mine, weight = (whole[rank::ranks], 1 / len(whole)) if len(whole) >= ranks else \
                 (whole, 1 / (len(whole) * ranks))
-            size = batch_size // (ranks * accumulation)
-            for i in range(0, len(mine), size):
-                yield mine[i:i + size], len(mine[i:i + size]) * weight, i + size >= len(mine)
+            # as many as the largest rank's part needs, but no more than the smallest one has images
+            most, least = (math.ceil(len(whole) / ranks), len(whole) // ranks) if len(whole) >= ranks else \
+                (len(whole), len(whole))
+            pieces = min(math.ceil(most * ranks * accumulation / batch_size), least)
+            cuts = [len(mine) * i // pieces for i in range(pieces + 1)]
+            for i in range(pieces):
+                part = mine[cuts[i]:cuts[i + 1]]
+                yield part, len(part) * weight, i == pieces - 1
     return parts()
 
 
@@ -85,8 +91,8 @@ def _blend(images, other, factor):
 
 
 def _grey(images):
-    weights = torch.tensor([0.2989, 0.587, 0.114], device=images.device).view(3, 1, 1)  # ITU-R 601-2 luma
-    return (images * weights).sum(1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue  # ITU-R 601-2 luma
 
 
 def _shift_hue(images, shift):
@@ -100,7 +106,7 @@ def _shift_hue(images, shift):
                       torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe))
     hue = (hue / 6 + shift) % 1.0
     # channel n of HSV -> RGB: v - chroma * clamp(min(k, 4 - k), 0, 1), k = (n + 6 h) mod 6, n = 5, 3, 1
-    k = (torch.tensor([5.0, 3.0, 1.0], device=images.device).view(3, 1, 1) + 6 * hue[:, None]) % 6
+    k = torch.stack([(n + 6 * hue) % 6 for n in (5, 3, 1)], 1)
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -254,7 +260,8 @@ class StreamedLoader:
         self.num_images = len(split)
         self.loader = torch.utils.data.DataLoader(
             _Files(split, transform, image_size, seed), batch_sampler=self.sampler, num_workers=workers,
-            persistent_workers=workers > 0, pin_memory=device.type == "cuda")
+            persistent_workers=workers > 0 and augmentation != "none",  # evaluation is rare: its workers go
+            pin_memory=device.type == "cuda")
 
     def batches(self, indices, epoch=0):
         """An iterator over this rank's `Batch`es of an epoch over `indices` (int64 [n])."""

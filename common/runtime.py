@@ -29,21 +29,24 @@ class Parser(argparse.ArgumentParser):
         fail(message)
 
 
-def fail(message):
-    """End the run: one line `error: ...` on standard error (of rank 0), exit code 2."""
-    if rank() == 0:
+def fail(message, shared=True):
+    """End the run: one line `error: ...` on standard error, exit code 2. shared: every rank meets this error,
+    so that rank 0 alone prints it."""
+    if rank() == 0 or not shared:
         print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 @contextlib.contextmanager
-def bad_input(kind=ValueError):
-    """Inside, an exception of that kind (everything here raises ValueError on bad input) ends the run by
-    `fail`."""
+def bad_input(kind=ValueError, shared=True):
+    """Inside, an exception of that kind (all functions here raise ValueError on bad input) ends the run by
+    `fail`, and so does a package that is missing or broken."""
     try:
         yield
     except kind as reason:
-        fail(reason)
+        fail(reason, shared)
+    except ImportError as reason:
+        fail(f"{reason}; pip install -r requirements.txt")
 
 
 def parse_with_recipe(parser, recipes, image_side, argv=None):
@@ -112,6 +115,11 @@ def supports_bf16(device):
     return False
 
 
+def cores():
+    """CPU cores for each of this machine's ranks, at least 1."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def autocast(device, enabled):
     """A function that returns a fresh bf16 autocast context, or one that does nothing where bf16 does not
     pay."""
@@ -145,11 +153,23 @@ def ranks():
 
 def start_ranks(device_name):
     """Join the other processes when torchrun started this one. Returns the device."""
-    device = choose_device(device_name)
+    with bad_input(shared=False):
+        device = choose_device(device_name)
     if ranks() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(minutes=30))
     return device
+
+
+@contextlib.contextmanager
+def first_rank_first():
+    """What is inside runs on one rank of each machine before the others: it may download files."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local > 0:
+        wait_for_ranks()
+    yield
+    if local == 0:
+        wait_for_ranks()
 
 
 def sum_gradients(parameters):
@@ -262,10 +282,10 @@ class Run:
     def __init__(self, folder, args, state):
         self.folder, self.args, self.state, self.started = folder, args, state, time.time()
         self.device = choose_device(args.device)
-        self.seconds_before = state.get("seconds", 0.0)
+        self.seconds_before = state.get("run_seconds", 0.0)
 
     def seconds(self):
-        """Seconds of training time so far, over all resumed parts."""
+        """Seconds that the run has taken so far, evaluation included, over all resumed parts."""
         return self.seconds_before + time.time() - self.started
 
     def stop_when_late(self):
@@ -298,7 +318,8 @@ class Run:
     def save(self, **state):
         """Write last.pt: `state` replaces what was there, and is `.state` from now on."""
         lines = (self.folder / "log.jsonl").read_bytes().count(b"\n") if rank() == 0 else 0
-        self.state = {**state, "args": vars(self.args), "seconds": self.seconds(), "log_lines": lines}
+        self.state = {**state, "args": vars(self.args), "run_seconds": self.seconds(),
+                      "log_lines": lines}
         save_checkpoint(self.folder / "last.pt", self.state)
 
     def finish(self, method, data, stages):
@@ -312,7 +333,13 @@ class Run:
         return result
 
 
-MAY_CHANGE = ("workers", "device", "compile", "time_limit", "resume", "out", "data_dir")
+def report_bad_images(loaders):
+    """Name, on every rank, the image files that --skip-bad-images left out."""
+    for reason in sorted(set().union(*(loader.bad_images for loader in loaders))):
+        tqdm.write(f"left out by --skip-bad-images: {reason}")
+
+
+MAY_CHANGE = ("workers", "device", "compile", "time_limit", "resume", "out", "data_dir", "skip_bad_images")
 
 
 def open_run(args, method):
@@ -327,9 +354,20 @@ def open_run(args, method):
     folder, number = Path(args.out or default), 2
     if args.out and folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not args.resume:
         raise ValueError(f"{folder} is taken; name another --out, or continue it with --resume")
-    while not args.out and not args.resume and folder.exists():
-        folder, number = Path(f"{default}-{number}"), number + 1
     wait_for_ranks()  # every rank has looked before rank 0 makes the folder
+    try:
+        while rank() == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=bool(args.out or args.resume))
+                break
+            except FileExistsError:  # taken, perhaps a moment ago by another run
+                folder, number = Path(f"{default}-{number}"), number + 1
+    except OSError as reason:
+        raise ValueError(f"cannot make the folder {folder}: {reason.strerror}") from reason
+    if ranks() > 1:
+        names = [str(folder)]
+        dist.broadcast_object_list(names, 0)
+        folder = Path(names[0])
     state = {}
     if args.resume and (folder / "last.pt").exists():
         state = load_checkpoint(folder / "last.pt")
@@ -339,11 +377,10 @@ def open_run(args, method):
         if differing:
             raise ValueError(f"{folder} was started with other settings: " + ", ".join(
                 f"--{key.replace('_', '-')} {saved.get(key)}, now {now[key]}" for key in differing))
+    place = float(derive_seed(state.get("stage"), state.get("epoch"), sorted(state.get("done", {}))) % 2**20)
+    if sum_ranks(torch.tensor(place, device=choose_device(args.device))).item() != ranks() * place:
+        raise ValueError(f"ranks see different checkpoints in {folder}: all machines must share --out's disk")
     if rank() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as reason:
-            raise ValueError(f"cannot make the folder {folder}: {reason.strerror}") from reason
         log = folder / "log.jsonl"
         if state:  # lines behind the checkpoint will be written again
             lines = log.read_bytes().splitlines(keepends=True)[:state["log_lines"]]

@@ -100,19 +100,23 @@ def test_logit_adjustment_recovers_the_balanced_classifier():
     # with z = log p(x | y) the adjusted softmax is Bayes' posterior under the training prior
     likelihood, counts = torch.tensor([[0.2, 0.5, 0.1]]), torch.tensor([100, 10, 1])
     posterior = likelihood * counts / (likelihood * counts).sum()
-    assert torch.allclose(cbd.logit_adjusted(likelihood.log(), counts).softmax(1), posterior)
+    log_prior = (counts / counts.sum()).log()
+    assert torch.allclose(cbd.logit_adjusted(likelihood.log(), log_prior).softmax(1), posterior)
     with pytest.raises(ValueError):
-        cbd.logit_adjusted(likelihood, torch.tensor([1, 0, 1]))
+        cbd.logit_adjusted(likelihood, log_prior[:2])
 
 
 @pytest.mark.parametrize("call", [
     lambda: cbd.feature_distillation_loss(torch.zeros(2, 3), torch.zeros(2, 4)),
     lambda: cbd.cbd_loss(torch.zeros(2, 3), torch.zeros(2).long(), torch.zeros(2, 3), torch.zeros(2, 4)),
     lambda: cbd.cbd_loss(torch.zeros(2, 3), torch.zeros(2).long(), torch.zeros(2, 3), torch.zeros(2, 3), 2.0),
+    lambda: cbd.cbd_loss(torch.zeros(2, 3), torch.zeros(2).long(), torch.zeros(3, 3), torch.zeros(3, 3)),
+    lambda: cbd.class_balanced_indices(torch.tensor([0, -1]), torch.Generator()),
+    lambda: cbd.class_balanced_indices(torch.tensor([0.0, 1.0]), torch.Generator()),
     lambda: cbd.classifier_distillation_loss(torch.zeros(2, 3), torch.zeros(2).long(), torch.zeros(2, 4)),
     lambda: cbd.classifier_distillation_loss(torch.zeros(2, 3), torch.zeros(2).long(), torch.zeros(2, 3),
                                              temperature=0)])
-def test_losses_refuse_bad_input(call):
+def test_losses_and_samplers_refuse_bad_input(call):
     with pytest.raises(ValueError):
         call()
 
@@ -330,6 +334,8 @@ def test_time_limit_stops_with_a_checkpoint_that_resumes(tmp_path):
     (["--epochs", "-1"], "--epochs must be at least 1"),
     (["--lr", "nan"], "--lr"),
     (["--alpha", "1.5"], "--alpha"),
+    (["--temperature", "nan"], "--temperature must be positive"),
+    (["--noise", "nan"], "--noise must not be negative"),
     (["--batch-size", "30", "--grad-accumulation", "4"], "multiple"),
     (["--sync-bn", "--device", "cpu"], "--sync-bn needs GPUs"),
     (["--device", "tpu9"], "cannot use the device"),

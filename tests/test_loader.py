@@ -60,17 +60,20 @@ def test_ranks_and_parts_share_out_every_global_batch(n, batch_size, ranks, accu
     values = np.random.RandomState(0).rand(n)
     steps = math.ceil(n / batch_size)
     weighted, drawn = np.zeros(steps), [[] for _ in range(steps)]
-    shares = np.zeros(steps)
+    shares, parts = np.zeros(steps), np.zeros((ranks, steps))
     for rank in range(ranks):
         step = 0
         for positions, share, ends_step in split_batches(n, batch_size, rank, ranks, accumulation):
-            # What must fit into memory at once, and never nothing: batch norm and means need an image
-            assert 1 <= len(positions) <= batch_size // (ranks * accumulation)
+            # What must fit into memory at once (or one more, where the ranks' parts are uneven), and never
+            # nothing: batch norm and means need an image
+            assert 1 <= len(positions) <= batch_size // (ranks * accumulation) + 1
             drawn[step] += positions
+            parts[rank, step] += 1
             shares[step] += share
             weighted[step] += share * values[positions].mean()
             step += ends_step
         assert step == steps  # every rank steps once a global batch, or torchrun would hang
+    assert (parts == parts[0]).all()  # and goes forward as often, or synchronised batch norm would
     for step in range(steps):
         whole = list(range(step * batch_size, min((step + 1) * batch_size, n)))
         copies = 1 if len(whole) >= ranks else ranks  # fewer images than ranks: each rank has them all
