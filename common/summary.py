@@ -10,6 +10,8 @@ import statistics
 import sys
 from pathlib import Path
 
+SHARED_FLAGS = ("imb_factor", "subset_seed", "evaluate_on", "arch", "epochs", "batch_size", "lr",
+                "weight_decay")
 COLUMNS = (("many", "many"), ("medium", "medium"), ("few", "few"), ("all", "all"), ("best_all", "best all"),
            ("ncm", "NCM"), ("ece", "ECE"), ("mce", "MCE"), ("seconds", "seconds"))
 
@@ -26,8 +28,22 @@ def read_results(paths):
     return results
 
 
+def check_same_settings(results):
+    """Raise ValueError when runs of one method and data set differ in a flag that every stage depends on."""
+    first = {}
+    for result in results:
+        settings = {flag: result["args"].get(flag) for flag in SHARED_FLAGS}
+        expected = first.setdefault((result["method"], result["dataset"]), settings)
+        for flag in SHARED_FLAGS:
+            if settings[flag] != expected[flag]:
+                raise ValueError(f"runs of {result['dataset']} differ in --{flag.replace('_', '-')}: "
+                                 f"{expected[flag]} and {settings[flag]}; summarise them apart")
+
+
 def group_stages(results):
-    """{(method, data set, stage name): {seed: stage}}, in the order of first appearance."""
+    """{(method, data set, stage name): {seed: stage}}, in the order of first appearance. Raises ValueError
+    for runs that must not be averaged: other settings, or other scores under one name and seed."""
+    check_same_settings(results)
     groups = {}
     for result in results:
         for stage in result["stages"]:

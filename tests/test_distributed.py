@@ -25,7 +25,8 @@ def train(tmp_path, name, processes, *flags):
         if processes > 1 else []
     command = [sys.executable, *launcher, str(ROOT / "tests" / "run_without_batch_norm.py"), "cbd",
                "--dataset", str(tmp_path / "images.npz"), "--arch", "resnet14", "--epochs", "2",
-               "--lr", "0.003", "--no-amp", "--device", "cpu", "--evaluate-every", "1", "--out", str(tmp_path / name), *flags]
+               "--lr", "0.003", "--no-amp", "--device", "cpu", "--evaluate-every", "1",
+               "--out", str(tmp_path / name), *flags]
     subprocess.run(command, check=True, env=ENVIRONMENT, timeout=300)
     lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()[1:]]
     weights = torch.load(tmp_path / name / "student.pt", weights_only=True)["state_dict"]

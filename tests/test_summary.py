@@ -13,10 +13,10 @@ from common.summary import group_stages, main, markdown, read_results
 ROOT = Path(__file__).parent.parent
 
 
-def result(seed, accuracy, name="student", seconds=10.0, dataset="set"):
+def result(seed, accuracy, name="student", seconds=10.0, dataset="set", lr=0.1):
     stage = {"name": name, "all": accuracy, "many": accuracy + 1, "medium": None, "few": accuracy - 1,
              "seconds": seconds, "per_class_accuracy": [accuracy]}
-    return {"method": "cbd", "dataset": dataset, "seed": seed, "stages": [stage]}
+    return {"method": "cbd", "dataset": dataset, "seed": seed, "stages": [stage], "args": {"lr": lr}}
 
 
 def write(tmp_path, *results):
@@ -46,6 +46,12 @@ def test_runs_that_differ_under_one_name_and_seed_are_refused(tmp_path, capsys):
         main(paths)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_runs_of_other_settings_are_not_averaged(tmp_path):
+    paths = write(tmp_path, result(0, 70.0), result(1, 71.0, lr=0.2))
+    with pytest.raises(ValueError, match="differ in --lr: 0.1 and 0.2"):
+        group_stages(read_results(paths))
 
 
 def test_data_sets_get_tables_of_their_own_and_a_missing_run_is_named(tmp_path, capsys):
