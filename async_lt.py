@@ -26,11 +26,11 @@ Where we depart, or had to choose ([L]: hshustc/CVPR19_Incremental_Learning, whi
 - paper: rows marked with a dagger have "extended parameters" that are not described / here: left out.
 - Under torchrun and --grad-accumulation the graph of Eq. (6) spans one rank's part of a batch, not all of it.
 
-    python async_lt.py                                                # embedded images, 2 minutes on 2 cores
+    python async_lt.py                                                # embedded images
     python async_lt.py --dataset cifar100_lt
     torchrun --nproc_per_node 8 async_lt.py --dataset folder --data-dir /data/imagenet_lt --recipe imagenet_lt
 
-What to expect, with commands, hardware and raw logs: results/async_lt.md.
+What to expect: not measured yet. The code is tested, its recipes marked as ours are first guesses.
 """
 import argparse
 import copy
@@ -62,7 +62,7 @@ RECIPES = {
         STEPS, arch="resnet32", epochs=200, batch_size=64, lr=0.1, weight_decay=5e-4, feature_lr=None,
         phase_two_epochs=200, phase_two_lr=0.01, pretrained=False, evaluate_every=5,
         quick=dict(epochs=30, phase_two_epochs=40)),
-    "cifar100_lt": dict(  # appendix A; phase_two_lr: ours (paper: .1), chosen on another data set
+    "cifar100_lt": dict(  # appendix A; phase_two_lr: ours (paper: .1), after a prototype on other images
         STEPS, arch="resnet32", epochs=200, batch_size=64, lr=0.1, weight_decay=5e-4, feature_lr=None,
         phase_two_epochs=200, phase_two_lr=0.01, pretrained=False, evaluate_every=5,
         quick=dict(epochs=30, phase_two_epochs=40)),
