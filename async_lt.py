@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from common import runtime
 from common.data import image_side, load
-from common.evaluate import predict, scores, shot_groups, table
+from common.evaluate import Diverged, predict, scores, shot_groups, table
 from common.loader import UnreadableImage, make_loader, split_batches
 from common.resnet import ARCHS, CosineClassifier, build_backbone
 
@@ -320,7 +320,7 @@ def train_stage(name, model, loss_of, sample, epochs, lr, is_head, data, loaders
                          runtime.ranks(), args.grad_accumulation, args.workers, args.skip_bad_images)
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(
-        [{"params": model.backbone.parameters(), "base": args.feature_lr or lr},
+        [{"params": model.backbone.parameters(), "base": lr if args.feature_lr is None else args.feature_lr},
          {"params": model.classifier.parameters(), "base": lr}],
         lr, momentum=0.9, weight_decay=args.weight_decay, fused=device.type == "cuda")
     autocast = runtime.autocast(device, args.amp)
@@ -387,17 +387,18 @@ def assess(model, loader, data, amp):
 
 @torch.no_grad()
 def extract_features(model, loader, indices, amp):
-    """Features [n, D] of training images, not augmented, on the CPU, and their targets [n]: each rank
-    computes every ranks-th and all get all, in the order of `indices`."""
+    """Features [n, D] of training images, not augmented, their targets [n] and indices [n], without what
+    --skip-bad-images leaves out; on the CPU. Each rank computes every ranks-th; all get all, by index."""
     model.eval()
     mine, features, targets = indices[runtime.rank()::runtime.ranks()], [], []
-    for images, labels, _, _ in loader.batches(mine):
-        with runtime.autocast(loader.device, amp)():
-            features.append(model.backbone(images).float())
-        targets.append(labels)
-    ranks = runtime.ranks()
-    order = torch.cat([torch.arange(r, len(indices), ranks) for r in range(ranks)]).argsort()
-    return [runtime.gather_ranks(torch.cat(parts)).cpu()[order] for parts in (features, targets)]
+    for images, labels, share, _ in loader.batches(mine):
+        if share > 0:
+            with runtime.autocast(loader.device, amp)():
+                features.append(model.backbone(images).float())
+            targets.append(labels)
+    read = torch.tensor([i for i in mine.tolist() if i not in loader.bad_indices], device=loader.device)
+    parts = [runtime.gather_ranks(part).cpu() for part in (torch.cat(features), torch.cat(targets), read)]
+    return [part[parts[2].argsort()] for part in parts]
 
 
 # ---------------------------------------------------------------- main
@@ -418,11 +419,10 @@ def phase_one_classes(class_counts, num_old=None):
 
 def check_args(args):
     """Refuse values of this method's flags that cannot work. Raises ValueError."""
-    if args.memory_per_class < 1 or (args.phase_two_epochs is not None and args.phase_two_epochs < 1):
-        raise ValueError("--memory-per-class and --phase-two-epochs must be at least 1")
-    if not (args.temperature > 0 and args.scale > 0) or args.lambda_scale < 0 or (args.phase_two_lr or 0) < 0:
-        raise ValueError("--temperature and --scale must be positive, --lambda-scale and --phase-two-lr not "
-                         "negative")
+    if not (args.temperature > 0 and args.scale > 0):
+        raise ValueError("--temperature and --scale must be positive")
+    if not all(0 < milestone < 1 for milestone in args.milestones):
+        raise ValueError(f"--milestones are fractions of the epochs, between 0 and 1, got {args.milestones}")
     if args.plain and args.phase_one_checkpoint:
         raise ValueError("--plain trains no phase two; leave out --phase-one-checkpoint")
 
@@ -453,7 +453,7 @@ def main(args):
             raise ValueError(f"{path} was trained on other classes than the {num_old} of phase one here")
         build_backbone(args.arch, data.image_size, pretrained=args.pretrained)  # without weights, says so now
         run = runtime.open_run(args, "async_lt")
-    with runtime.bad_input(UnreadableImage, shared=False):
+    with runtime.bad_input((UnreadableImage, Diverged), shared=False):
         stages = run_stages(args, data, loaders, order, num_old, trained if path else None, run, device)
     runtime.say(table([(stage["name"], stage) for stage in stages]))
     return run.finish("async_lt", data, stages)
@@ -516,9 +516,9 @@ def run_stages(args, data, loaders, order, num_old, trained, run, device):
 
     # Memory bank M, Eq. (2) to (5); phase two trains on D = M u X2
     head = torch.isin(targets, old).nonzero().flatten()
-    features, _ = extract_features(old_model, loaders[0], head, args.amp)
+    features, labels, head = extract_features(old_model, loaders[0], head, args.amp)
     bank = [head[own][select_exemplars(features[own], args.memory_per_class)]
-            for own in (targets[head] == c for c in old)]
+            for own in (labels == c for c in old)]
     short = sum(len(chosen) < args.memory_per_class for chosen in bank)
     if short:
         runtime.say(f"note: {short} phase-one classes have fewer than {args.memory_per_class} images; the "
@@ -531,7 +531,7 @@ def run_stages(args, data, loaders, order, num_old, trained, run, device):
     model.known.fill_(True)
     model.classifier.weight.data[new] = new_model("phase two", is_old).classifier.weight.data[new].to(device)
     if args.imprint:
-        tail_features, tail_targets = extract_features(old_model, loaders[0], tail, args.amp)
+        tail_features, tail_targets, _ = extract_features(old_model, loaders[0], tail, args.amp)
         imprint(model.classifier, tail_features.to(device), tail_targets.to(device), new, old)
     graph_weight = args.lambda_scale * math.sqrt(num_old / len(new))  # lambda, appendix A
     by_rank, rank_of = order.to(device), order.argsort().to(device)  # place by frequency <-> class id

@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from common import runtime
 from common.data import image_side, load
-from common.evaluate import class_sums, nearest_class_mean, predict, scores, table
+from common.evaluate import Diverged, class_sums, nearest_class_mean, predict, scores, table
 from common.loader import UnreadableImage, make_loader, split_batches
 from common.resnet import ARCHS, CosineClassifier, build_backbone
 
@@ -441,7 +441,7 @@ def main(args):
             return {"method": "cbd", "dataset": data.name, **result}
         build_backbone(args.arch, data.image_size)  # fails now if it cannot be built
         run = runtime.open_run(args, "cbd")
-    with runtime.bad_input(UnreadableImage, shared=False):
+    with runtime.bad_input((UnreadableImage, Diverged), shared=False):
         stages = run_stages(args, data, loaders, kinds, trained, run, device)
     runtime.report_bad_images(loaders)
     runtime.say(table([(stage["name"], stage) for stage in stages]))

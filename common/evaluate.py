@@ -98,10 +98,16 @@ def classifier_weight_norms(weight):
     return weight.detach().float().norm(dim=1).tolist()
 
 
+class Diverged(ValueError):
+    """A net whose outputs are not numbers."""
+
+
 def scores(logits, targets, class_counts):
     """What every model is judged by, from its logits [N, C]: all, many, medium, few, ece, mce (percent),
-    group_sizes and per_class_accuracy."""
+    group_sizes and per_class_accuracy. Raises Diverged where a logit is nan."""
     logits = logits.float()
+    if logits.isnan().any():
+        raise Diverged("the net's outputs became nan: training diverged; try a smaller --lr")
     result = shot_accuracy(logits.argmax(1), targets, class_counts)
     result["per_class_accuracy"] = result.pop("per_class")
     result["ece"], result["mce"] = calibration_error(logits.softmax(1), targets)

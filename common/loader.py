@@ -137,7 +137,7 @@ class ResidentLoader:
     augmentation: "none", "standard" (random crop with 4 black pixels of padding, random flip) or "augmented"
     (those, colour jitter and greyscale, Gaussian noise of sigma `noise` on pixels in [0, 1], clamped).
     """
-    bad_images = frozenset()  # decoded long ago
+    bad_images = bad_indices = frozenset()  # decoded long ago
 
     def __init__(self, split, mean, std, batch_size, device, augmentation, seed, rank, ranks, accumulation,
                  noise):
@@ -249,13 +249,14 @@ class StreamedLoader:
 
     Up to 64 pixels the augmentations are those of `ResidentLoader`; above, random resized crops. A file that
     cannot be decoded raises UnreadableImage with its path; with skip_bad it is left out of its batch, and
-    `.bad_images` collects what was wrong with it.
+    `.bad_images` collects what was wrong with it, `.bad_indices` which images these are.
     """
 
     def __init__(self, split, mean, std, batch_size, device, augmentation, seed, rank, ranks, accumulation,
                  noise, image_size, workers, skip_bad):
         transform = _file_transform(augmentation, image_size, mean, std, noise)
-        self.sampler, self.device, self.skip_bad, self.bad_images = _EpochBatches(), device, skip_bad, set()
+        self.sampler, self.device, self.skip_bad = _EpochBatches(), device, skip_bad
+        self.bad_images, self.bad_indices = set(), set()
         self.batch_size, self.rank, self.ranks, self.accumulation = batch_size, rank, ranks, accumulation
         self.num_images = len(split)
         self.loader = torch.utils.data.DataLoader(
@@ -267,13 +268,14 @@ class StreamedLoader:
         """An iterator over this rank's `Batch`es of an epoch over `indices` (int64 [n])."""
         parts = list(split_batches(len(indices), self.batch_size, self.rank, self.ranks, self.accumulation))
         self.sampler.indices, self.sampler.epoch, self.sampler.parts = np.asarray(indices), epoch, parts
-        for (_, share, ends_step), (images, targets, reasons) in zip(parts, self.loader):
+        for (positions, share, ends_step), (images, targets, reasons) in zip(parts, self.loader):
             readable = [i for i, reason in enumerate(reasons) if not reason]
             if len(readable) < len(reasons):
                 bad = [reason for reason in reasons if reason]
                 if not self.skip_bad:
                     raise UnreadableImage(f"cannot decode {bad[0]} (--skip-bad-images leaves such files out)")
                 self.bad_images.update(bad)
+                self.bad_indices.update(int(indices[p]) for p, reason in zip(positions, reasons) if reason)
                 share *= len(readable) / len(reasons)
                 readable = readable or [0]  # a batch of bad images alone: a black one that counts nothing, so
                 images, targets = images[readable], targets[readable]  # that the ranks stay in step

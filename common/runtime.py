@@ -70,12 +70,14 @@ def parse_with_recipe(parser, recipes, image_side, argv=None):
 
 
 def check_flags(args, device):
-    """Refuse values of the shared flags that cannot work. Raises ValueError."""
-    for flag in ("epochs", "batch_size", "grad_accumulation", "evaluate_every", "second_stage_epochs"):
+    """Refuse counts below 1 and numbers that are negative or not finite. Raises ValueError."""
+    for flag in ("epochs", "batch_size", "grad_accumulation", "evaluate_every", "second_stage_epochs",
+                 "phase_two_epochs", "memory_per_class"):
         value = getattr(args, flag, None)
         if value is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
-    for flag in ("lr", "weight_decay", "second_stage_lr", "time_limit"):
+    for flag in ("lr", "weight_decay", "second_stage_lr", "time_limit", "feature_lr", "phase_two_lr",
+                 "lambda_scale", "scale", "lr_gamma"):
         value = getattr(args, flag, None)
         if value is not None and not 0 <= value < float("inf"):
             raise ValueError(f"--{flag.replace('_', '-')} must be a number that is not negative, got {value}")

@@ -823,12 +823,8 @@ def test_a_checkpoint_of_another_split_architecture_data_set_or_method_is_refuse
         capsys, tmp_path, "--phase-one-checkpoint", str(tmp_path / "cbd.pt"))
 
 
-# ---------------------------------------------------------------- reported, not mended yet
+# ---------------------------------------------------------------- found by tests, mended
 
-reported = pytest.mark.xfail(strict=True, reason="reported to the author of async_lt.py; take the mark off")
-
-
-@reported
 @pytest.mark.parametrize("broken", ["0/03.png", "1/02.png"])  # of phase one, of the rest
 def test_unreadable_images_are_left_out_of_the_memory_bank_and_the_imprinting(tmp_path, broken):
     from PIL import Image
@@ -845,7 +841,6 @@ def test_unreadable_images_are_left_out_of_the_memory_bank_and_the_imprinting(tm
     assert all(value.isfinite().all() for value in weights(tmp_path / "run" / "model.pt").values())
 
 
-@reported
 @pytest.mark.parametrize("flags", [
     ["--feature-lr", "-1"], ["--feature-lr", "nan"], ["--phase-two-lr", "nan"], ["--phase-two-lr", "inf"],
     ["--lambda-scale", "nan"], ["--lambda-scale", "inf"], ["--scale", "inf"], ["--lr-gamma", "nan"],
@@ -855,7 +850,6 @@ def test_numbers_that_cannot_work_are_refused_before_the_run_starts(tmp_path, ca
     assert flags[0] in refused(capsys, tmp_path, *short, *flags)
 
 
-@reported
 def test_a_net_that_diverges_in_the_last_step_of_an_epoch_ends_the_run_with_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:  # one step an epoch: its loss was still finite
         run(tmp_path, "--plain", "--lr", "1e38", "--batch-size", "256", "--epochs", "1")

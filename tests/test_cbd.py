@@ -385,6 +385,14 @@ def test_a_loss_that_becomes_nan_ends_the_run_and_names_the_step(tmp_path, capsy
     assert not (tmp_path / "run" / "result.json").exists()
 
 
+def test_a_net_that_diverges_in_its_last_step_ends_the_run_with_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--lr", "1e38", "--batch-size", "256")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: the net's outputs became nan")
+    assert error.count("\n") == 1
+
+
 def test_evaluate_on_val_without_validation_images_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, "--evaluate-on", "val")
