@@ -54,9 +54,9 @@ from common.resnet import ARCHS, CosineClassifier, build_backbone
 STEPS = dict(schedule="step", milestones=[0.8, 0.9], lr_gamma=0.01)  # epochs 160 and 180 of 200, appendix A
 COSINE = dict(schedule="cosine", milestones=[], lr_gamma=1.0)
 RECIPES = {
-    "fashion_lt": dict(  # all ours
+    "fashion_lt": dict(  # all ours; phase two chosen on the validation images
         COSINE, arch="resnet14", epochs=20, batch_size=32, lr=0.1, weight_decay=5e-4, feature_lr=None,
-        phase_two_epochs=20, phase_two_lr=0.01, pretrained=False, evaluate_every=5,
+        phase_two_epochs=60, phase_two_lr=0.01, pretrained=False, evaluate_every=5,
         quick=dict(epochs=5, phase_two_epochs=5)),
     "cifar10_lt": dict(  # ours: cifar100_lt's
         STEPS, arch="resnet32", epochs=200, batch_size=64, lr=0.1, weight_decay=5e-4, feature_lr=None,
