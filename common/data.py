@@ -298,6 +298,25 @@ def load(name, data_dir="data", imb_factor=None, seed=0):
     return BUILDERS[name](name, data_dir, imb_factor, seed)
 
 
+def balanced_subset(data, images_per_class):
+    """A data set whose training split keeps the first `images_per_class` images of every class, in stored
+    order (ImageNet-BAL: 160 of ImageNet). Raises ValueError where a class has fewer."""
+    targets = data.train.targets
+    short = np.flatnonzero(data.class_counts < images_per_class)
+    if images_per_class < 1 or len(short):
+        raise ValueError(f"cannot take {images_per_class} images of every class: " + (
+            "at least 1 is needed" if images_per_class < 1 else
+            f"class {data.class_names[short[0]]} has {data.class_counts[short[0]]}"))
+    kept = np.sort(np.concatenate([np.flatnonzero(targets == c)[:images_per_class]
+                                   for c in range(data.num_classes)]))
+    if isinstance(data.train, Images):
+        train = Images(data.train.images[kept], targets[kept])
+    else:
+        train = ImageFiles(data.train.paths[kept], targets[kept])
+    return Dataset(data.name, train, data.val, data.test, data.class_names, data.mean, data.std,
+                   data.image_size)
+
+
 def image_side(name, data_dir="data"):
     """Side in pixels of a user's own images, without reading them all: an .npz by its header, a folder by its
     first readable image. None where there is nothing to look at (then `load` says what is missing)."""

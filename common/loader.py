@@ -17,8 +17,10 @@ import torch
 
 from common.data import Images
 
-AUGMENTATIONS = ("none", "standard", "augmented")
+AUGMENTATIONS = ("none", "standard", "augmented", "resized", "strong")
 CROP_PADDING = 4  # black pixels on each side before the random crop of small images
+RAND_AUGMENT, ERASING = (2, 9), 0.25  # operations and their strength of 0..30; probability
+UNIFORMS = {"resized": 23, "strong": 46}  # random numbers that an augmentation takes for an image (others: 9)
 
 
 class UnreadableImage(ValueError):
@@ -129,21 +131,139 @@ def color_jitter_gray(images, uniforms, strength=1.0):
     return torch.where(u[5] < 0.2, _grey(out).expand_as(out), out)
 
 
+def random_box(uniforms, side, area, aspect, whole):
+    """The boxes of torchvision's RandomResizedCrop and RandomErasing: ten tries of an area and an aspect.
+
+    uniforms: [N, 22] in [0, 1). side: of the square image, in pixels. area: range, as a fraction of the
+    image's; aspect: range of width / height, drawn in its logarithm. whole: where no try fits, the whole
+    image (else a box without pixels; then a box must also be smaller than the image). Returns top, left,
+    height, width, float [N, 1].
+    """
+    areas = side * side * (area[0] + (area[1] - area[0]) * uniforms[:, :10])
+    aspects = aspect[0] * (aspect[1] / aspect[0]) ** uniforms[:, 10:20]
+    heights, widths = (areas / aspects).sqrt().round(), (areas * aspects).sqrt().round()
+    longer = torch.maximum(heights, widths)
+    fits = (torch.minimum(heights, widths) > 0) & (longer <= side) if whole else longer < side
+    first = (fits.cumsum(1) == 0).sum(1, keepdim=True)  # number of tries before the first that fits
+    found, first = first < 10, first.clamp(max=9)
+    height, width = (torch.where(found, tries.gather(1, first), float(side if whole else 0))
+                     for tries in (heights, widths))
+    top = (uniforms[:, 20:21] * (side - height + 1)).floor()
+    left = (uniforms[:, 21:] * (side - width + 1)).floor()
+    return top, left, height, width
+
+
+def random_resized_crop_flip(images, uniforms, size, min_area=0.2):
+    """Crop a random box, resize it bicubically to size x size, flip at .5.
+
+    images: uint8 [N, H, H, 3]; uniforms: [N, 23] in [0, 1). Returns uint8 [N, 3, size, size]. The
+    distribution of RandomResizedCrop(size, (min_area, 1)) and a flip; without antialiasing where a crop is
+    larger than `size`.
+    """
+    side = images.shape[1]
+    top, left, height, width = random_box(uniforms[:, :22], side, (min_area, 1.0), (3 / 4, 4 / 3), whole=True)
+    centres = (torch.arange(size, device=images.device) + 0.5) / size  # of the new pixels, within the box
+    y, x = (2 * (corner + centres * length) / side - 1 for corner, length in ((top, height), (left, width)))
+    x = torch.where(uniforms[:, 22:] < 0.5, x, x.flip(1))
+    grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], 3)
+    out = torch.nn.functional.grid_sample(images.permute(0, 3, 1, 2).float(), grid, "bicubic", "border",
+                                          align_corners=False)
+    return out.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def rand_augment_operations(side, strength):
+    """torchvision's RandAugment: (operation on uint8 images [n, 3, H, H] and a magnitude, the magnitude at a
+    strength of 0..30, whether it is negated at random) of each of its 14 operations."""
+    from torchvision.transforms.v2 import functional as tv
+
+    def level(high, low=0.0):
+        return torch.linspace(low, high, 31)[strength].item()
+
+    def affine(images, x=0, y=0, shear_x=0.0, shear_y=0.0):
+        shear = [math.degrees(math.atan(shear_x)), math.degrees(math.atan(shear_y))]
+        return tv.affine(images, 0.0, [int(x), int(y)], 1.0, shear, center=[0, 0] if any(shear) else None)
+    return [
+        (lambda images, m: images, 0.0, False),
+        (lambda images, m: affine(images, shear_x=m), level(0.3), True),
+        (lambda images, m: affine(images, shear_y=m), level(0.3), True),
+        (lambda images, m: affine(images, x=m), level(150 / 331 * side), True),
+        (lambda images, m: affine(images, y=m), level(150 / 331 * side), True),
+        (lambda images, m: tv.rotate(images, m), level(30.0), True),
+        (lambda images, m: tv.adjust_brightness(images, 1 + m), level(0.9), True),
+        (lambda images, m: tv.adjust_saturation(images, 1 + m), level(0.9), True),
+        (lambda images, m: tv.adjust_contrast(images, 1 + m), level(0.9), True),
+        (lambda images, m: tv.adjust_sharpness(images, 1 + m), level(0.9), True),
+        (lambda images, m: tv.posterize(images, int(m)), round(8 - level(4.0)), False),
+        (lambda images, m: tv.solarize(images, m), 255 * level(0.0, 1.0), False),
+        (lambda images, m: tv.autocontrast(images), 0.0, False),
+        (lambda images, m: tv.equalize(images), 0.0, False),
+    ]
+
+
+def rand_augment(images, uniforms, strength=9):
+    """RandAugment (Cubuk et al., 2020) as torchvision draws it, for a batch whose images each get their own.
+
+    images: uint8 [N, 3, H, H]. uniforms: [N, 2 K] in [0, 1), on the CPU, where the operations are chosen
+    without waiting for a GPU: K operations in turn, each by one number for which and one for its sign.
+    """
+    operations = rand_augment_operations(images.shape[-1], strength)
+    for u in uniforms.split(2, dim=1):
+        chosen = (u[:, 0] * len(operations)).long()
+        negative = u[:, 1] < 0.5
+        out = images.clone()
+        for number, (operation, magnitude, signed) in enumerate(operations):
+            for sign in (1, -1) if signed else (1,):
+                members = (chosen == number) & (negative == (sign < 0) if signed else True)
+                if number and members.any():  # number 0 leaves images as they are
+                    members = members.nonzero().flatten().to(images.device, non_blocking=True)
+                    out[members] = operation(images[members], sign * magnitude)
+        images = out
+    return images
+
+
+def random_erasing(images, uniforms, normals, probability=0.25):
+    """Random erasing (Zhong et al., AAAI 2020): at the given probability a box becomes noise.
+
+    images: normalised, [N, 3, H, H]; uniforms: [N, 23] in [0, 1); normals: like images. The distribution of
+    torchvision's RandomErasing(probability, value="random").
+    """
+    side = images.shape[-1]
+    # torchvision draws height / width here
+    top, left, height, width = random_box(uniforms[:, :22], side, (0.02, 0.33), (1 / 3.3, 1 / 0.3), False)
+    line = torch.arange(side, device=images.device)
+    rows, columns = (line >= top) & (line < top + height), (line >= left) & (line < left + width)
+    erased = rows[:, None, :, None] & columns[:, None, None, :] & (uniforms[:, 22:, None, None] < probability)
+    return torch.where(erased, normals, images).contiguous(memory_format=torch.channels_last)
+
+
+def mixup_cutmix(num_classes, mixup=0.8, cutmix=1.0):
+    """A function (images [N, 3, H, H], targets [N]) -> (mixed images, soft targets [N, C]): Mixup or CutMix,
+    each half of the time, for a batch at once; an alpha of 0 leaves one out. Draws from torch's own generator
+    on the CPU."""
+    from torchvision.transforms import v2
+    mixes = [kind(alpha=float(alpha), num_classes=num_classes)
+             for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 0]
+    return v2.RandomChoice(mixes) if mixes else \
+        lambda images, targets: (images, torch.nn.functional.one_hot(targets, num_classes).float())
+
+
 # ---------------------------------------------------------------- resident
 
 class ResidentLoader:
     """Batches from a decoded split that lies on the device as uint8, without worker processes.
 
-    augmentation: "none", "standard" (random crop with 4 black pixels of padding, random flip) or "augmented"
-    (those, colour jitter and greyscale, Gaussian noise of sigma `noise` on pixels in [0, 1], clamped).
+    augmentation: "none", "standard" (random crop with 4 black pixels of padding, random flip), "augmented"
+    (those, colour jitter and greyscale, Gaussian noise of sigma `noise` on pixels in [0, 1], clamped),
+    "resized" (random resized crop of at least .2 of the area, flip) or "strong" (those, RandAugment, random
+    erasing). size: side of the batches' images in pixels; others are resized to it.
     """
     bad_images = bad_indices = frozenset()  # decoded long ago
 
     def __init__(self, split, mean, std, batch_size, device, augmentation, seed, rank, ranks, accumulation,
-                 noise):
+                 noise, size):
         images = torch.from_numpy(split.images).to(device)
-        self.size = images.shape[1]
-        if augmentation != "none":  # padded once, not per batch
+        self.size, self.stored_size = size, images.shape[1]
+        if augmentation in ("standard", "augmented"):  # padded once, not per batch
             images = torch.nn.functional.pad(images, (0, 0, *[CROP_PADDING] * 4))
         self.images, self.targets = images, torch.from_numpy(split.targets).to(device)
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
@@ -155,21 +275,37 @@ class ResidentLoader:
         """An iterator over this rank's `Batch`es of an epoch over `indices` (int64 [n])."""
         indices = torch.as_tensor(indices).to(self.device)
         # All of the epoch's random numbers at once: row i belongs to position i of the list, on every rank
-        generator = torch.Generator(self.device).manual_seed(mix_seed(self.seed, epoch))
-        uniforms = torch.rand(len(indices), 9, generator=generator, device=self.device)
+        seed, columns = mix_seed(self.seed, epoch), UNIFORMS.get(self.augmentation, 9)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        uniforms = torch.rand(len(indices), columns, generator=generator, device=self.device)
+        choices = torch.rand(len(indices), 2 * RAND_AUGMENT[0],  # on the CPU
+                             generator=torch.Generator().manual_seed(seed + 1))
         for positions, share, ends_step in split_batches(len(indices), self.batch_size, self.rank, self.ranks,
                                                          self.accumulation):
             here = slice(positions.start, positions.stop, positions.step)
             chosen = indices[here]
             if self.augmentation == "none":
                 images = self.images[chosen]
+            elif self.augmentation in UNIFORMS:
+                images = random_resized_crop_flip(self.images[chosen], uniforms[here, :23], self.size)
+                if self.augmentation == "strong":
+                    images = rand_augment(images, choices[here], RAND_AUGMENT[1])
+                images = images.permute(0, 2, 3, 1)
             else:
-                images = random_crop_flip(self.images, chosen, uniforms[here, :3], self.size)
+                images = random_crop_flip(self.images, chosen, uniforms[here, :3], self.stored_size)
             if self.augmentation == "augmented":
                 images = color_jitter_gray(images.permute(0, 3, 1, 2) / 255, uniforms[here, 3:])
                 images += self.noise * self._normals(images.shape[1:], positions, epoch)
                 images = (255 * images.clamp_(0, 1)).permute(0, 2, 3, 1)
-            yield Batch(normalise(images, self.mean, self.std), self.targets[chosen], share, ends_step)
+            if images.shape[1] != self.size:
+                images = torch.nn.functional.interpolate(
+                    images.permute(0, 3, 1, 2).float(), (self.size, self.size), mode="bicubic",
+                    align_corners=False, antialias=True).clamp_(0, 255).permute(0, 2, 3, 1)
+            images = normalise(images, self.mean, self.std)
+            if self.augmentation == "strong":
+                normals = self._normals(images.shape[1:], positions, epoch)
+                images = random_erasing(images, uniforms[here, 23:], normals, ERASING)
+            yield Batch(images, self.targets[chosen], share, ends_step)
 
     def _normals(self, shape, positions, epoch):
         """Standard normal noise [N, *shape]: drawn for the global batch, of which the positions take
@@ -201,12 +337,18 @@ def _file_transform(augmentation, image_size, mean, std, noise):
         steps = [v2.Resize((image_size, image_size)), v2.RandomCrop(image_size, padding=CROP_PADDING), flip]
     else:  # area (.05, 1) is CBD's released setting
         steps = [v2.RandomResizedCrop(image_size, scale=(0.05, 1.0)), flip]
+    if augmentation in ("resized", "strong"):  # MAE's pre-training: from .2 on; fine-tuning large images: .08
+        scale = (0.08 if augmentation == "strong" and image_size > 64 else 0.2, 1.0)
+        steps = [v2.RandomResizedCrop(image_size, scale, interpolation=v2.InterpolationMode.BICUBIC), flip]
+    if augmentation == "strong":
+        steps.append(v2.RandAugment(*RAND_AUGMENT))
     if augmentation == "augmented":
         steps += [v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8), v2.RandomGrayscale(0.2)]
     steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
     if augmentation == "augmented":
         steps.append(v2.GaussianNoise(0.0, noise))
-    return v2.Compose([*steps, v2.Normalize(mean, std)])
+    erasing = [v2.RandomErasing(ERASING, value="random")] if augmentation == "strong" else []
+    return v2.Compose([*steps, v2.Normalize(mean, std), *erasing])
 
 
 class _Files(torch.utils.data.Dataset):
@@ -296,5 +438,5 @@ def make_loader(split, data, batch_size, device, augmentation="none", seed=0, ra
     common = (split, data.mean, data.std, batch_size, torch.device(device), augmentation, seed, rank, ranks,
               accumulation, noise)
     if isinstance(split, Images):
-        return ResidentLoader(*common)
+        return ResidentLoader(*common, data.image_size)
     return StreamedLoader(*common, data.image_size, workers, skip_bad)

@@ -72,12 +72,15 @@ def parse_with_recipe(parser, recipes, image_side, argv=None):
 def check_flags(args, device):
     """Refuse counts below 1 and numbers that are negative or not finite. Raises ValueError."""
     for flag in ("epochs", "batch_size", "grad_accumulation", "evaluate_every", "second_stage_epochs",
-                 "phase_two_epochs", "memory_per_class"):
+                 "phase_two_epochs", "memory_per_class", "mgp_epochs", "mgp_batch_size", "images_per_class",
+                 "image_size", "patch_size", "width", "depth", "heads", "decoder_width", "decoder_depth",
+                 "decoder_heads"):
         value = getattr(args, flag, None)
         if value is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
     for flag in ("lr", "weight_decay", "second_stage_lr", "time_limit", "feature_lr", "phase_two_lr",
-                 "lambda_scale", "scale", "lr_gamma"):
+                 "lambda_scale", "scale", "lr_gamma", "mgp_lr", "warmup_epochs", "mgp_warmup_epochs", "tau",
+                 "mixup", "cutmix"):
         value = getattr(args, flag, None)
         if value is not None and not 0 <= value < float("inf"):
             raise ValueError(f"--{flag.replace('_', '-')} must be a number that is not negative, got {value}")

@@ -8,7 +8,8 @@ from PIL import Image
 
 from common.data import Dataset, Images, load
 from common.loader import (AUGMENTATIONS, UnreadableImage, color_jitter_gray, make_loader, mix_seed,
-                           split_batches)
+                           mixup_cutmix, rand_augment, rand_augment_operations, random_box, random_erasing,
+                           random_resized_crop_flip, split_batches)
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -424,3 +425,154 @@ def test_skip_bad_reports_the_same_file_once_in_many_epochs(tmp_path):
     for epoch in range(2):
         assert sum(len(batch.targets) for batch in loader.batches(range(6), epoch)) == 5
     assert len(loader.bad_images) == 1
+
+
+# ---------------------------------------------------------------- resized crops, RandAugment, erasing, mixing
+
+def same_distribution(ours, theirs):
+    """The two-sample Kolmogorov-Smirnov distance stays below its value at p = .001."""
+    ours, theirs = np.sort(ours), np.sort(theirs)
+    points = np.concatenate([ours, theirs])
+    distance = np.abs(np.searchsorted(ours, points, "right") / len(ours)
+                      - np.searchsorted(theirs, points, "right") / len(theirs)).max()
+    return distance < 1.95 * math.sqrt(1 / len(ours) + 1 / len(theirs))
+
+
+@pytest.mark.parametrize("side, area, whole", [(32, (0.2, 1.0), True), (32, (0.9, 1.0), True),
+                                               (32, (0.02, 0.33), False), (8, (0.6, 0.9), False)])
+def test_boxes_are_drawn_as_torchvision_draws_them(side, area, whole):
+    from torchvision.transforms import v2
+    torch.manual_seed(0)
+    image = torch.zeros(3, side, side)
+    n = 2000
+    if whole:
+        drawn = [v2.RandomResizedCrop(side, area).make_params([image]) for _ in range(n)]
+        theirs = np.array([[d["top"], d["left"], d["height"], d["width"]] for d in drawn])
+        boxes = random_box(torch.rand(n, 22), side, area, (3 / 4, 4 / 3), True)
+    else:
+        drawn = [v2.RandomErasing(1.0, area, value="random").make_params([image]) for _ in range(n)]
+        drawn = [d if d["v"] is not None else dict(i=0, j=0, h=0, w=0) for d in drawn]
+        theirs = np.array([[d["i"], d["j"], d["h"], d["w"]] for d in drawn])
+        boxes = random_box(torch.rand(n, 22), side, area, (1 / 3.3, 1 / 0.3), False)
+    ours = torch.cat(boxes, 1).double().numpy()
+    assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= side).all()
+    assert (ours == ours.round()).all()
+    for column in range(2, 4):
+        assert same_distribution(ours[:, column], theirs[:, column]), column
+        inside = theirs[:, column] > 0
+        assert same_distribution((ours[:, column - 2] / (side - ours[:, column] + 1))[ours[:, column] > 0],
+                                 (theirs[:, column - 2] / (side - theirs[:, column] + 1))[inside])
+    assert same_distribution(ours[:, 3] / ours[:, 2].clip(1), theirs[:, 3] / theirs[:, 2].clip(1))
+
+
+def test_a_resized_crop_is_torch_s_interpolation_of_the_box():
+    images = torch.from_numpy(random_images(30, side=32))
+    uniforms = torch.rand(30, 23, generator=torch.Generator().manual_seed(0))
+    ours = random_resized_crop_flip(images, uniforms, 24)
+    assert ours.dtype == torch.uint8 and ours.shape == (30, 3, 24, 24)
+    flips = 0
+    for n in range(30):
+        top, left, height, width = (int(x[n]) for x in random_box(
+            uniforms[:, :22], 32, (0.2, 1.0), (3 / 4, 4 / 3), True))
+        crop = images[n, top:top + height, left:left + width].permute(2, 0, 1)[None].float()
+        expected = torch.nn.functional.interpolate(crop, (24, 24), mode="bicubic", align_corners=False)
+        expected = expected.round().clamp(0, 255)[0]
+        flipped = uniforms[n, 22] >= 0.5
+        flips += flipped
+        expected = expected.flip(2) if flipped else expected
+        inner = (slice(None), slice(3, -3), slice(3, -3))  # at the border ours sees what lies behind it
+        assert (ours[n].float() - expected)[inner].abs().max() <= 1
+    assert 5 < flips < 25
+    whole = torch.zeros(30, 23)
+    whole[:, :10], whole[:, 10:20] = 1.0, 0.5  # all of the area, aspect 1
+    assert torch.equal(random_resized_crop_flip(images, whole, 32), images.permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("strength", [9, 27])
+def test_rand_augment_s_operations_are_torchvision_s(strength):
+    from torchvision.transforms import v2
+    images = torch.from_numpy(random_images(4, side=32)).permute(0, 3, 1, 2).contiguous()
+    images[:2] = (images[:2].float() / 3 + 60).to(torch.uint8)  # less contrast, for what stretches it
+    theirs = v2.RandAugment(1, strength)
+    names = list(theirs._AUGMENTATION_SPACE)
+    operations = rand_augment_operations(32, strength)
+    assert len(names) == len(operations)
+    for number, name in enumerate(names):
+        alone = v2.RandAugment(1, strength)
+        alone._AUGMENTATION_SPACE = {name: theirs._AUGMENTATION_SPACE[name]}
+        expected = {tuple(alone(image).flatten().tolist()) for image in images for _ in range(12)}
+        drawn = set()
+        for sign in (0.25, 0.75):  # negative or not
+            uniforms = torch.tensor([[(number + 0.5) / len(names), sign]]).expand(4, -1)
+            drawn |= {tuple(image.flatten().tolist()) for image in rand_augment(images, uniforms, strength)}
+        assert drawn == expected, name
+
+
+def test_rand_augment_gives_every_image_its_own_operations_in_turn():
+    images = torch.from_numpy(random_images(200, side=16)).permute(0, 3, 1, 2)
+    uniforms = torch.rand(200, 4, generator=torch.Generator().manual_seed(0))
+    ours, operations = rand_augment(images, uniforms), rand_augment_operations(16, 9)
+    for n in range(200):
+        expected = images[n:n + 1]
+        for which, sign in uniforms[n].reshape(2, 2).tolist():
+            operation, magnitude, signed = operations[int(which * 14)]
+            expected = operation(expected, -magnitude if signed and sign < 0.5 else magnitude)
+        assert torch.equal(ours[n:n + 1], expected), n
+
+
+def test_random_erasing_puts_noise_into_one_box_of_some_images():
+    n, side = 2000, 16
+    generator = torch.Generator().manual_seed(0)
+    images, normals = torch.full((n, 3, side, side), 7.0), torch.randn(n, 3, side, side, generator=generator)
+    out = random_erasing(images, torch.rand(n, 23, generator=generator), normals, 0.25)
+    erased = (out != 7).all(1)
+    assert torch.equal(torch.where(erased[:, None], normals, images), out)
+    some = erased.flatten(1).any(1)
+    assert some.float().mean().item() == pytest.approx(0.25, abs=5 * math.sqrt(0.25 * 0.75 / n))
+    for box in erased[some][:50]:
+        rows, columns = box.any(1), box.any(0)
+        assert box.sum() == rows.sum() * columns.sum()  # a rectangle
+        assert rows.sum() == rows.nonzero().max() - rows.nonzero().min() + 1
+    share = erased[some].float().mean((1, 2))
+    assert 0.01 < share.min() and share.max() < 0.36 and 0.13 < share.mean() < 0.22
+
+
+def test_mixing_mixes_images_and_targets_alike():
+    torch.manual_seed(0)
+    images = torch.eye(4)[:, :3, None, None].expand(4, 3, 8, 8).contiguous()  # image i: channel i is 1
+    targets, kinds = torch.tensor([2, 0, 1, 4]), set()
+    for _ in range(60):
+        mixed, soft = mixup_cutmix(5)(images, targets)
+        assert soft.shape == (4, 5) and torch.allclose(soft.sum(1), torch.ones(4))
+        share = mixed.mean((2, 3))  # of each image in each mixture, by pixels
+        for i in range(3):
+            assert share[i, i] == pytest.approx(soft[i, targets[i]].item(), abs=1e-5)
+        kinds.add(bool(((mixed == 0) | (mixed == 1)).all()))
+    assert kinds == {True, False}  # CutMix, and Mixup
+    same, hard = mixup_cutmix(5, 0, 0)(images, targets)
+    assert torch.equal(same, images) and torch.equal(hard, torch.eye(5)[targets])
+    assert all(((m := mixup_cutmix(5, 0, 1)(images, targets)[0]) == 0).logical_or(m == 1).all()
+               for _ in range(20))
+
+
+@pytest.mark.parametrize("augmentation", ["resized", "strong"])
+def test_strong_batches_do_not_change_with_ranks_and_parts(augmentation):
+    data = tiny(random_images(29, side=16))
+    indices = np.random.RandomState(1).randint(0, 29, 43)
+    alone = by_position(data, indices, 16, augmentation=augmentation, seed=3, epoch=2)
+    split = by_position(data, indices, 16, ranks=2, accumulation=2, augmentation=augmentation, seed=3, epoch=2)
+    assert torch.allclose(alone[0], split[0], atol=1e-6) and torch.equal(alone[1], split[1])
+    assert not torch.equal(alone[0], by_position(data, indices, 16, augmentation=augmentation, seed=3)[0])
+
+
+@pytest.mark.parametrize("augmentation", ["none", "standard", "resized", "strong"])
+def test_images_come_in_the_size_that_the_data_set_names(augmentation):
+    data = tiny(random_images(9, side=16) // 3 + 80)  # far from 0 and 255, where PIL cuts off in between
+    data.image_size = 24
+    images = next(iter(loader_of(data, 9, augmentation).batches(range(9)))).images
+    assert images.shape == (9, 3, 24, 24)
+    if augmentation == "none":
+        expected = np.stack([Image.fromarray(image).resize((24, 24), Image.Resampling.BICUBIC)
+                             for image in data.train.images])
+        ours = 255 * (images.permute(0, 2, 3, 1) * torch.tensor(STD) + torch.tensor(MEAN))
+        assert np.abs(ours.numpy() - expected).max() < 1.5

@@ -19,6 +19,7 @@ PURE = {  # samplers, losses, schedules: method -> names
             "classifier_distillation_loss", "logit_adjusted", "cosine_lr"],
     "async_lt": ["progressive_probabilities", "weighted_indices", "select_exemplars", "memory_retentive_loss",
                  "margin_loss", "step_lr", "cosine_lr"],
+    "livt": ["instance_indices", "balanced_bce_loss", "balanced_ce_loss", "bayes_decode", "warmup_cosine_lr"],
 }
 
 
@@ -102,7 +103,11 @@ def test_a_sampler_loss_or_schedule_runs_from_its_own_source_alone(method, name)
         "select_exemplars": lambda: (features[0], 3),
         "memory_retentive_loss": lambda: tuple(features),
         "margin_loss": lambda: (logits[0], targets, 2),
-        "step_lr": lambda: (0.85, 0.1, [0.8, 0.9], 0.01)}[name]
+        "step_lr": lambda: (0.85, 0.1, [0.8, 0.9], 0.01),
+        "balanced_bce_loss": lambda: (logits[0], targets, torch.tensor([5, 4, 2, 1]), 1.05),
+        "balanced_ce_loss": lambda: (logits[0], targets, torch.tensor([5, 4, 2, 1]), 1.05),
+        "bayes_decode": lambda: (logits[0], torch.tensor([5, 4, 2, 1]), 1.05),
+        "warmup_cosine_lr": lambda: (3.5, 10, 2, 0.1)}[name]
     alone, ours = namespace[name](*arguments()), function(*arguments())
     assert torch.equal(torch.as_tensor(alone), torch.as_tensor(ours))
 
@@ -111,7 +116,7 @@ def test_every_loss_sampler_and_schedule_is_in_the_test_above():
     for method in METHODS:
         module = importlib.import_module(method)
         own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == method]
-        endings = r"_(loss|indices|lr|adjusted|probabilities|exemplars)$"
+        endings = r"_(loss|indices|lr|adjusted|probabilities|exemplars|decode)$"
         pure = {name for name in own if re.search(endings, name)}
         assert pure == set(PURE[method])
 
@@ -163,14 +168,20 @@ def test_help_works_without_torchvision_and_shows_the_recipe(method, tmp_path):
     shown = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, text=True,
                            capture_output=True)
     assert shown.returncode == 0, shown.stderr
-    assert "(default: imagenet_lt)" in shown.stdout and "(default: 90)" in shown.stdout
+    epochs = importlib.import_module(method).RECIPES["imagenet_lt"]["epochs"]
+    assert "(default: imagenet_lt)" in shown.stdout and f"(default: {epochs})" in shown.stdout
+
+
+QUICKLY = {"livt": ["--mgp-epochs", "1"]}  # a method's flags for a run of seconds
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_default_command_runs_without_torchvision_and_its_model_loads(method, tmp_path, monkeypatch):
-    (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision" / "__init__.py").write_text("raise ImportError('broken')")
-    command = [sys.executable, str(ROOT / f"{method}.py"), "--epochs", "1", "--batch-size", "256"]
+    if method != "livt":  # its augmentation and mixing are torchvision's
+        (tmp_path / "torchvision").mkdir()
+        (tmp_path / "torchvision" / "__init__.py").write_text("raise ImportError('broken')")
+    command = [sys.executable, str(ROOT / f"{method}.py"), "--epochs", "1", "--batch-size", "256",
+               *QUICKLY.get(method, [])]
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, text=True,
                           capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
