@@ -56,7 +56,7 @@ SMALL = {  # all ours; decoder 128x1: "SDMAE" found large decoders to overfit sm
     "decoder_heads": 4, "mgp_warmup_epochs": 40, "mgp_batch_size": 512, "batch_size": 256,
     "evaluate_every": 5,
     "quick": dict(mgp_epochs=30, mgp_warmup_epochs=3, mgp_batch_size=128, mgp_lr=1e-3, epochs=8,
-                  warmup_epochs=1, batch_size=128)}
+                  warmup_epochs=1, batch_size=64, lr=4e-3, augment="plain", drop_path=0.0)}
 RECIPES = {
     "fashion_lt": {  # all ours
         **SMALL, "width": 128, "depth": 4, "heads": 4, "patch_size": 8, "decoder_width": 64,

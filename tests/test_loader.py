@@ -560,7 +560,7 @@ def test_strong_batches_do_not_change_with_ranks_and_parts(augmentation):
     data = tiny(random_images(29, side=16))
     indices = np.random.RandomState(1).randint(0, 29, 43)
     alone = by_position(data, indices, 16, augmentation=augmentation, seed=3, epoch=2)
-    split = by_position(data, indices, 16, ranks=2, accumulation=2, augmentation=augmentation, seed=3, epoch=2)
+    split = by_position(data, indices, 16, 2, 2, augmentation=augmentation, seed=3, epoch=2)
     assert torch.allclose(alone[0], split[0], atol=1e-6) and torch.equal(alone[1], split[1])
     assert not torch.equal(alone[0], by_position(data, indices, 16, augmentation=augmentation, seed=3)[0])
 

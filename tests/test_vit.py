@@ -91,7 +91,8 @@ def test_positions_are_interpolated_and_the_class_token_s_kept():
 
 # ---------------------------------------------------------------- masking
 
-@pytest.mark.parametrize("length, ratio, kept", [(64, 0.75, 16), (196, 0.75, 49), (16, 0.9, 1), (10, 0.33, 6)])
+@pytest.mark.parametrize("length, ratio, kept", [(64, 0.75, 16), (196, 0.75, 49), (16, 0.9, 1),
+                                                 (10, 0.33, 6)])
 def test_masking_keeps_int_l_1_minus_r_patches_and_restore_is_the_inverse(length, ratio, kept):
     keep, restore, mask = random_masking(7, length, ratio, torch.Generator().manual_seed(0))
     assert keep.shape == (7, kept) and kept == int(length * (1 - ratio))
