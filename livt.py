@@ -55,7 +55,7 @@ SMALL = {  # all ours; decoder 128x1: "SDMAE" found large decoders to overfit sm
     **PAPER, "arch": "tiny", "patch_size": 4, "image_size": 32, "decoder_width": 128, "decoder_depth": 1,
     "decoder_heads": 4, "mgp_warmup_epochs": 40, "mgp_batch_size": 512, "batch_size": 256,
     "evaluate_every": 5,
-    "quick": dict(mgp_epochs=30, mgp_warmup_epochs=3, mgp_batch_size=128, mgp_lr=1e-3, epochs=8,
+    "quick": dict(mgp_epochs=30, mgp_warmup_epochs=3, mgp_batch_size=64, mgp_lr=2e-3, epochs=8,
                   warmup_epochs=1, batch_size=64, lr=4e-3, augment="plain", drop_path=0.0)}
 RECIPES = {
     "fashion_lt": {  # all ours
