@@ -442,7 +442,7 @@ def test_from_scratch_has_no_stage_one_and_no_layer_decay(tmp_path, monkeypatch)
     monkeypatch.setattr(livt, "train_stage", spy)
     result = run(tmp_path, "--from-scratch", "--augment", "plain", "--loss", "ce")
     assert [stage["name"] for stage in result["stages"]] == ["ce, Bayes decoding", "ce"]
-    assert seen["ce"][:2] == ("resized", 1.0)
+    assert seen["ce"][:2] == ("standard", 1.0)
     run(tmp_path, "--loss", "bce", name="tuned")
     assert seen["bce"][:2] == ("strong", pytest.approx(0.75 ** 3)) and seen["mgp"][:2] == ("resized", 1.0)
     # lr is given for 256 images
