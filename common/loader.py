@@ -171,53 +171,48 @@ def random_resized_crop_flip(images, uniforms, size, min_area=0.2):
     return out.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def rand_augment_operations(side, strength):
-    """torchvision's RandAugment: (operation on uint8 images [n, 3, H, H] and a magnitude, the magnitude at a
-    strength of 0..30, whether it is negated at random) of each of its 14 operations."""
+def rand_augment(images, uniforms, strength=9):
+    """RandAugment (Cubuk et al., 2020) as torchvision draws it, for a batch whose images each get their own
+    operations.
+
+    images: uint8 [N, 3, H, H]. uniforms: [N, 2 K] in [0, 1), on the CPU, where the operations are chosen
+    without waiting for a GPU: K operations in turn, each by one number for which of torchvision's 14 and one
+    for its sign. strength: 0..30. Returns uint8, like images.
+    """
     from torchvision.transforms.v2 import functional as tv
+    side = images.shape[-1]
 
     def level(high, low=0.0):
         return torch.linspace(low, high, 31)[strength].item()
-
-    def affine(images, x=0, y=0, shear_x=0.0, shear_y=0.0):
-        shear = [math.degrees(math.atan(shear_x)), math.degrees(math.atan(shear_y))]
-        return tv.affine(images, 0.0, [int(x), int(y)], 1.0, shear, center=[0, 0] if any(shear) else None)
-    return [
-        (lambda images, m: images, 0.0, False),
-        (lambda images, m: affine(images, shear_x=m), level(0.3), True),
-        (lambda images, m: affine(images, shear_y=m), level(0.3), True),
-        (lambda images, m: affine(images, x=m), level(150 / 331 * side), True),
-        (lambda images, m: affine(images, y=m), level(150 / 331 * side), True),
-        (lambda images, m: tv.rotate(images, m), level(30.0), True),
-        (lambda images, m: tv.adjust_brightness(images, 1 + m), level(0.9), True),
-        (lambda images, m: tv.adjust_saturation(images, 1 + m), level(0.9), True),
-        (lambda images, m: tv.adjust_contrast(images, 1 + m), level(0.9), True),
-        (lambda images, m: tv.adjust_sharpness(images, 1 + m), level(0.9), True),
-        (lambda images, m: tv.posterize(images, int(m)), round(8 - level(4.0)), False),
-        (lambda images, m: tv.solarize(images, m), 255 * level(0.0, 1.0), False),
-        (lambda images, m: tv.autocontrast(images), 0.0, False),
-        (lambda images, m: tv.equalize(images), 0.0, False),
-    ]
-
-
-def rand_augment(images, uniforms, strength=9):
-    """RandAugment (Cubuk et al., 2020) as torchvision draws it, for a batch whose images each get their own.
-
-    images: uint8 [N, 3, H, H]. uniforms: [N, 2 K] in [0, 1), on the CPU, where the operations are chosen
-    without waiting for a GPU: K operations in turn, each by one number for which and one for its sign.
-    """
-    operations = rand_augment_operations(images.shape[-1], strength)
+    photometric = [  # numbers 6 to 13; signed ones for +1 and -1
+        *((operation, [1 + sign * level(0.9)]) for operation in (
+            tv.adjust_brightness, tv.adjust_saturation, tv.adjust_contrast, tv.adjust_sharpness)
+          for sign in (1, -1)),
+        (tv.posterize, [round(8 - level(4.0))]), (tv.solarize, [255 * level(0.0, 1.0)]),
+        (tv.autocontrast, []), (tv.equalize, [])]
     for u in uniforms.split(2, dim=1):
-        chosen = (u[:, 0] * len(operations)).long()
-        negative = u[:, 1] < 0.5
-        out = images.clone()
-        for number, (operation, magnitude, signed) in enumerate(operations):
-            for sign in (1, -1) if signed else (1,):
-                members = (chosen == number) & (negative == (sign < 0) if signed else True)
-                if number and members.any():  # number 0 leaves images as they are
-                    members = members.nonzero().flatten().to(images.device, non_blocking=True)
-                    out[members] = operation(images[members], sign * magnitude)
-        images = out
+        number, sign = (u[:, 0] * 14).long(), torch.where(u[:, 1] < 0.5, -1.0, 1.0)
+        # 0 to 5: identity, shear and translation of x and of y, rotation, in one gather
+        matrices = torch.eye(2, 3).repeat(len(images), 1, 1)
+        for axis in (0, 1):
+            shear = torch.where(number == 1 + axis, sign * level(0.3), 0.0)  # about the top left corner
+            shift = torch.where(number == 3 + axis, sign * int(level(150 / 331 * side)), 0.0)
+            matrices[:, axis, 1 - axis] = shear
+            matrices[:, axis, 2] = shear - 2 / side * shift
+        angle = torch.where(number == 5, sign * math.radians(level(30.0)), 0.0)
+        matrices[:, 0, 0] = matrices[:, 1, 1] = angle.cos()
+        matrices[:, 0, 1] -= angle.sin()
+        matrices[:, 1, 0] += angle.sin()
+        grid = torch.nn.functional.affine_grid(matrices.to(images.device, non_blocking=True),
+                                               list(images.shape), align_corners=False)
+        images = torch.nn.functional.grid_sample(images.float(), grid, "nearest", align_corners=False)
+        images = images.to(torch.uint8)
+        kind = torch.where(number < 10, 2 * (number - 6) + (sign < 0), number - 2)  # place in `photometric`
+        for place, (operation, arguments) in enumerate(photometric):
+            members = (kind == place).nonzero().flatten()
+            if len(members):
+                members = members.to(images.device, non_blocking=True)
+                images[members] = operation(images[members], *arguments)
     return images
 
 
