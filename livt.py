@@ -6,15 +6,22 @@ cross-entropy, whose logits are shifted by each class's log odds log pi_c / (1 -
 
 Where we depart, or had to choose ([G]: XuZhengzhuo/LiVT@68546ef and the logs it ships):
 - paper: the loss sums over classes / here: that, and the mean over the batch, as [G]; class weights w_i of
-  Eq. (5) are 1, as in [G].
+  Eq. (5) and (6) are 1, as in [G].
 - paper: tau / here: multiplies the bias in both balanced losses; [G] ignores it in Bal-BCE.
 - paper: AdamW's beta2 .99 and 10 epochs of warm-up in BFT / here: .999 and 5, because all of [G]'s runs have
-  these; layer decay .75 and no label smoothing, where [G]'s runs differ among themselves.
+  these; layer decay .75 and no label smoothing, where [G]'s runs differ among themselves. From scratch no
+  layer decay: there is nothing to protect.
 - paper: lr 1e-3 / here: for 256 images, scaled with the batch size, as [G] and MAE do.
-- paper: RandAugment m9-mstd0.5-inc1 of timm / here: torchvision's (2 operations, strength 9 of 30).
+- paper: fp16 / here: bf16, without a scaler. No weight decay on tokens, as on biases.
+- paper: RandAugment m9-mstd0.5-inc1 of timm, 9 of 10, each of two operations half of the time / here:
+  torchvision's, 9 of 30, two operations always, because it is in the required packages.
+- paper: test images resized bicubically, to S above 224 pixels / here: by the loader that all scripts share,
+  bilinearly to 256/224 S, then cut to S. Images are normalised by their own data set's mean and std.
+- paper: iNat18 is pre-trained at 128 pixels / here: at --image-size, 224, in one run; two commands below.
 - paper: the best epoch on the test images ([G]) / here: the last epoch.
-- paper: CIFAR starts from an ImageNet-LT checkpoint at 64 pixels / here: pre-trained on CIFAR-LT itself, 32
-  pixels, patches of 4: ours, not in the paper. --mgp-checkpoint with --image-size 64 is the paper's way.
+- paper: CIFAR starts from an ImageNet-LT checkpoint at 64 pixels (command below) / here by default:
+  pre-trained on CIFAR-LT itself, 32 pixels, patches of 4, a decoder of 128x1: ours, not in the paper. Short
+  schedules (fashion_lt, --quick) also differ in lr, batch size and augmentation (BFT: crop and flip).
 - beyond the paper: Bal-BCE's optimum is not the Bayes classifier of the balanced error for more than two
   classes: it compares a class with the rest's long-tailed mixture, and ties go to the head. `bayes_decode`
   recovers that classifier from the same logits, exactly at the population optimum with hard targets. Every
@@ -24,6 +31,12 @@ Where we depart, or had to choose ([G]: XuZhengzhuo/LiVT@68546ef and the logs it
     python livt.py                                                    # embedded images
     python livt.py --dataset cifar100_lt --loss balanced-bce bce ce balanced-ce
     torchrun --nproc_per_node 8 livt.py --dataset folder --data-dir /data/imagenet_lt --recipe imagenet_lt
+    python livt.py ... --from-scratch --loss ce --augment plain       # the row "ViT"; DeiT-like: strong
+    python livt.py ... --images-per-class 160                         # ImageNet-BAL
+    python livt.py ... --stage bft --mgp-checkpoint runs/.../mgp.pt --image-size 384
+    python livt.py ... --recipe inat18 --stage mgp --image-size 128   # then --stage bft --mgp-checkpoint ...
+    python livt.py --dataset cifar10_lt --recipe imagenet_lt --stage bft --mgp-checkpoint mgp.pt 
+        --image-size 64 --epochs 20                                   # the paper's way to CIFAR
 
 What to expect: not measured yet.
 """
@@ -45,7 +58,7 @@ from common.vit import MAE, VIT_SIZES, ViT, random_masking, resize_positions
 
 # ---------------------------------------------------------------- recipes
 
-PAPER = dict(  # table of hyper-parameters; min_lr, betas: [G]
+PAPER = dict(  # table of hyper-parameters; warmup_epochs of BFT: [G]; evaluate_every, quick: ours
     arch="base", width=None, depth=None, heads=None, patch_size=16, image_size=224, decoder_width=512,
     decoder_depth=8, decoder_heads=16, mgp_epochs=800, mgp_warmup_epochs=40, mgp_batch_size=4096,
     mgp_lr=1.5e-4, epochs=100, warmup_epochs=5, batch_size=1024, lr=1e-3, weight_decay=0.05,
@@ -59,16 +72,17 @@ SMALL = {  # all ours; decoder 128x1: "SDMAE" found large decoders to overfit sm
                   warmup_epochs=1, batch_size=64, lr=4e-3, augment="plain", drop_path=0.0)}
 RECIPES = {
     "fashion_lt": {  # all ours; chosen on the validation images
-        **SMALL, "width": 128, "depth": 4, "heads": 4, "patch_size": 8, "decoder_width": 64,
+        **SMALL, "arch": "mini", "patch_size": 8, "decoder_width": 64,
         "mgp_epochs": 80, "mgp_warmup_epochs": 5, "mgp_batch_size": 64, "mgp_lr": 4e-3, "epochs": 30,
         "batch_size": 32, "lr": 8e-3, "augment": "plain", "drop_path": 0.0,
         "quick": dict(mgp_epochs=10, mgp_warmup_epochs=1, epochs=10, warmup_epochs=1)},
     "cifar10_lt": SMALL,
     "cifar100_lt": SMALL,
     "imagenet_lt": PAPER,
-    "inat18": {**PAPER, "drop_path": 0.2},  # the paper pre-trains at 128 pixels: --stage mgp --image-size 128
+    "inat18": {**PAPER, "drop_path": 0.2},
     "places_lt": {**PAPER, "epochs": 30, "tau": 1.05},
 }
+SIZES = {**VIT_SIZES, "mini": dict(width=128, depth=4, heads=4)}  # ours, for 16 tokens
 LOSSES = ("ce", "balanced-ce", "bce", "balanced-bce")
 
 
@@ -86,10 +100,10 @@ def parse_args(argv=None):
     add("--workers", type=int, default=runtime.cores(), help="decoding processes for image files, a rank")
     add("--skip-bad-images", action=boolean, default=False, help="leave out files that cannot be decoded")
     add = parser.add_argument_group("net").add_argument
-    add("--arch", choices=VIT_SIZES, help="size of the ViT")
-    add("--width", type=int, help="(the size's) of the ViT")
-    add("--depth", type=int, help="(the size's) of the ViT")
-    add("--heads", type=int, help="(the size's) of the ViT")
+    add("--arch", choices=SIZES, help="size of the ViT")
+    add("--width", type=int, help="(that of --arch) channels of the ViT")
+    add("--depth", type=int, help="(that of --arch) blocks of the ViT")
+    add("--heads", type=int, help="(that of --arch) attention heads of the ViT")
     add("--patch-size", type=int, help="pixels")
     add("--image-size", type=int, help="pixels; images are resized to it")
     add("--decoder-width", type=int, help="of the masked autoencoder's decoder")
@@ -104,7 +118,7 @@ def parse_args(argv=None):
     add("--tau", type=float, help="factor of the balanced losses' bias")
     add("--mask-ratio", type=float, default=0.75, help="share of the patches that MGP hides")
     add("--norm-pix", action=boolean, default=True, help="MGP's targets are normalised patch by patch")
-    add("--augment", choices=["plain", "strong"], help="crop and flip; RandAugment and erasing too")
+    add("--augment", choices=["plain", "strong"], help="of BFT; strong: RandAugment, erasing, mixing too")
     add("--mixup", type=float, help="alpha of Mixup; 0 leaves it out, and so does --augment plain")
     add("--cutmix", type=float, help="alpha of CutMix; likewise")
     add("--label-smoothing", type=float, default=0.0, help="of the fine-tuning targets")
@@ -123,7 +137,7 @@ def parse_args(argv=None):
     add("--grad-accumulation", type=int, default=1, help="parts that a rank's batch is cut into")
     add("--sync-bn", action=boolean, default=False, help="accepted as in the other scripts: a ViT has none")
     add("--amp", action=boolean, default=True, help="bf16 where the device computes it")
-    add("--compile", action=boolean, default=False, help="torch.compile the trained net")
+    add("--compile", action=boolean, default=False, help="torch.compile the net; pays on GPUs")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=int, default=0, help="initialisation, sampling, augmentation")
     add("--quick", action=boolean, default=False, help="the same method on a short schedule")
@@ -153,7 +167,7 @@ def balanced_bce_loss(logits, targets, class_counts, tau=1.0):
     [C] (on the CPU: then no step waits for a GPU). Returns a scalar. Raises ValueError.
     """
     counts = torch.as_tensor(class_counts)
-    if logits.ndim != 2 or counts.shape != logits.shape[1:] or tau < 0 or \
+    if logits.ndim != 2 or counts.shape != logits.shape[1:] or not tau >= 0 or \
             targets.shape not in (logits.shape, logits.shape[:1]):
         raise ValueError(f"logits must be [N, C], targets [N] or [N, C], class_counts [C], tau not negative; "
                          f"got {list(logits.shape)}, {list(targets.shape)}, {list(counts.shape)}, {tau}")
@@ -161,10 +175,10 @@ def balanced_bce_loss(logits, targets, class_counts, tau=1.0):
         raise ValueError("every class needs a training image, and there must be two classes: else the log "
                          "odds of a class are not finite")
     counts = counts.double()
-    bias = counts.log() - (counts.sum() - counts).log()  # log pi / (1 - pi), without cancellation
+    bias = counts.log() - (counts.sum() - counts).log()  # log pi - log(1 - pi), without cancellation
     if targets.ndim == 1:
         targets = F.one_hot(targets, logits.shape[1])
-    shifted = logits.float() + tau * bias.float().to(logits.device)
+    shifted = logits.float() + tau * bias.float().to(logits.device, non_blocking=True)  # Eq. (6)
     return F.binary_cross_entropy_with_logits(shifted, targets.float(), reduction="none").sum(1).mean()
 
 
@@ -176,14 +190,16 @@ def balanced_ce_loss(logits, targets, class_counts, tau=1.0):
     [C] (on the CPU: then no step waits for a GPU). Returns a scalar. Raises ValueError.
     """
     counts = torch.as_tensor(class_counts)
-    if logits.ndim != 2 or counts.shape != logits.shape[1:] or tau < 0 or \
+    if logits.ndim != 2 or counts.shape != logits.shape[1:] or not tau >= 0 or \
             targets.shape not in (logits.shape, logits.shape[:1]):
         raise ValueError(f"logits must be [N, C], targets [N] or [N, C], class_counts [C], tau not negative; "
                          f"got {list(logits.shape)}, {list(targets.shape)}, {list(counts.shape)}, {tau}")
     if (counts <= 0).any():
         raise ValueError("every class needs a training image: else the log of its prior is not finite")
-    log_prior = (counts.double() / counts.sum()).log().float().to(logits.device)
-    return F.cross_entropy(logits.float() + tau * log_prior, targets)
+    log_prior = (counts.double() / counts.sum()).log().float().to(logits.device, non_blocking=True)
+    if targets.ndim == 2:
+        targets = targets.float()
+    return F.cross_entropy(logits.float() + tau * log_prior, targets)  # Eq. (3)
 
 
 def bayes_decode(logits, class_counts, tau=1.0):
@@ -195,7 +211,7 @@ def bayes_decode(logits, class_counts, tau=1.0):
     Raises ValueError.
     """
     counts = torch.as_tensor(class_counts, device=logits.device).double()
-    if logits.ndim != 2 or counts.shape != logits.shape[1:] or tau < 0:
+    if logits.ndim != 2 or counts.shape != logits.shape[1:] or not tau >= 0:
         raise ValueError(f"logits must be [N, C], class_counts [C] and tau not negative, got "
                          f"{list(logits.shape)}, {list(counts.shape)}, {tau}")
     if (counts <= 0).any() or len(counts) < 2:
@@ -221,7 +237,7 @@ def second_decoding(loss, logits, class_counts, tau=1.0):
 def net_sizes(args):
     """What a ViT is built from: image_size, patch_size, width, depth, heads."""
     named = {key: getattr(args, key) for key in ("width", "depth", "heads") if getattr(args, key) is not None}
-    return {"image_size": args.image_size, "patch_size": args.patch_size, **VIT_SIZES[args.arch], **named}
+    return {"image_size": args.image_size, "patch_size": args.patch_size, **SIZES[args.arch], **named}
 
 
 def pretrained_vit(sizes, num_classes, drop_path, encoder):
@@ -304,17 +320,16 @@ def parameter_groups(model, weight_decay, scale_of):
 
 # ---------------------------------------------------------------- training
 
-def train_stage(name, model, loss_of, augmentation, settings, scale_of, beta2, data, test_loader, args, run,
-                device):
+def train_stage(name, model, loss_of, augmentation, settings, data, test_loader, args, run, device):
     """Train a net. loss_of(forward, images, targets): mean loss of a batch. settings: epochs, warmup_epochs,
-    batch_size, lr (peak). scale_of(name): lr factor of a parameter. test_loader: None where there is nothing
-    to score. Returns {"best_all": percent, "seconds", "images_per_second", "loss"}, evaluation not in the
-    times."""
+    batch_size, lr (peak), min_lr, beta2, scale_of(parameter's name): factor of its lr. test_loader: None
+    where there is nothing to score. Returns {"best_all": percent, "seconds", "images_per_second", "loss"},
+    evaluation not in the times."""
     seed = runtime.derive_seed(args.seed, name, "augmentation")
     loader = make_loader(data.train, data, settings["batch_size"], device, augmentation, seed, runtime.rank(),
                          runtime.ranks(), args.grad_accumulation, args.workers, args.skip_bad_images)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, scale_of), settings["lr"],
-                                  betas=(0.9, beta2), fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, settings["scale_of"]),
+                                  settings["lr"], betas=(0.9, settings["beta2"]), fused=device.type == "cuda")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     autocast = runtime.autocast(device, args.amp)
     forward = torch.compile(model) if args.compile else model
@@ -374,7 +389,7 @@ def outputs(model, loader, amp):
     """(logits, targets) of all of the loader's images, each rank computing its part of them."""
     mine = range(runtime.rank(), loader.num_images, runtime.ranks())
     logits, _, targets = predict(model, loader.batches(mine), runtime.autocast(loader.device, amp))
-    return runtime.gather_ranks(logits), runtime.gather_ranks(targets)
+    return runtime.gather_ranks(logits).cpu(), runtime.gather_ranks(targets).cpu()
 
 
 def assess(model, loss, tau, class_counts, loader, amp):
@@ -385,6 +400,11 @@ def assess(model, loss, tau, class_counts, loader, amp):
 
 
 # ---------------------------------------------------------------- main
+
+def runs_mgp(args):
+    """Whether stage one is part of the run."""
+    return not (args.evaluate or args.from_scratch or args.mgp_checkpoint)
+
 
 def check_args(args, sizes):
     """Refuse values of this method's flags that cannot work. Raises ValueError."""
@@ -400,10 +420,16 @@ def check_args(args, sizes):
         raise ValueError("--stage bft needs --mgp-checkpoint FILE, or --from-scratch")
     if len(set(args.loss)) < len(args.loss):
         raise ValueError("--loss names a loss twice")
-    with torch.device("meta"):  # without memory; raises for sizes that do not fit
-        MAE(**sizes, decoder_width=args.decoder_width, decoder_depth=1, decoder_heads=args.decoder_heads)
+    with torch.device("meta"):  # without memory; these raise for sizes that do not fit
         ViT(**sizes, drop_path=args.drop_path)
-    random_masking(1, (args.image_size // args.patch_size) ** 2, args.mask_ratio)  # raises if it cannot
+        if runs_mgp(args):
+            MAE(**sizes, decoder_width=args.decoder_width, decoder_depth=1, decoder_heads=args.decoder_heads)
+            random_masking(1, (args.image_size // args.patch_size) ** 2, args.mask_ratio)
+    for flag in ["batch_size"] + ["mgp_batch_size"] * runs_mgp(args):
+        try:
+            split_batches(1, getattr(args, flag), 0, runtime.ranks(), args.grad_accumulation)
+        except ValueError as reason:
+            raise ValueError(f"--{flag.replace('_', '-')}: {reason}") from reason
 
 
 def main(args):
@@ -416,12 +442,14 @@ def main(args):
             data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed)
         if args.images_per_class is not None:
             data = balanced_subset(data, args.images_per_class)
+        if data.image_size != args.image_size:
+            runtime.say(f"images are resized from {data.image_size} to {args.image_size} pixels")
         data.image_size = args.image_size
+        if data.num_classes < 2 and args.stage != "mgp":
+            raise ValueError(f"{data.name} has one class; only --stage mgp can learn from it")
         split = getattr(data, args.evaluate_on)
         if split is None:
             raise ValueError(f"{data.name} has no validation images; leave out --evaluate-on val")
-        for batch_size in (args.batch_size, args.mgp_batch_size):
-            split_batches(1, batch_size, 0, runtime.ranks(), args.grad_accumulation)  # raises if it cannot
         if args.evaluate:
             model, saved = load_model(args.evaluate, data.num_classes)
             data.mean, data.std, data.image_size = saved["mean"], saved["std"], saved["sizes"]["image_size"]
@@ -439,41 +467,50 @@ def main(args):
     return run.finish("livt", data, stages)
 
 
+def pretrain(sizes, data, args, run, device):
+    """Stage one, masked generative pre-training, without labels. Returns the encoder's weights, on the
+    CPU."""
+    torch.manual_seed(runtime.derive_seed(args.seed, "mgp", "initialisation"))
+    mae = MAE(**sizes, decoder_width=args.decoder_width, decoder_depth=args.decoder_depth,
+              decoder_heads=args.decoder_heads, norm_pix=args.norm_pix).to(device)
+
+    def reconstruction_loss(forward, images, targets):
+        keep, restore, _ = random_masking(len(images), mae.encoder.num_patches, args.mask_ratio,
+                                          device=device)
+        predictions, pixels = forward(images, keep, restore)
+        return F.mse_loss(predictions.float(), pixels)  # over the masked patches
+
+    if "mgp" in run.state.get("done", {}):
+        return load_encoder(run.folder / "mgp.pt", sizes)
+    stats = train_stage("mgp", mae, reconstruction_loss, "resized", dict(
+        epochs=args.mgp_epochs, warmup_epochs=args.mgp_warmup_epochs, batch_size=args.mgp_batch_size,
+        lr=args.mgp_lr * args.mgp_batch_size / 256, min_lr=0.0, beta2=0.95, scale_of=lambda name: 1.0),
+        data, None, args, run, device)
+    save_model(run.folder / "mgp.pt", mae.encoder, "mgp", sizes, args, data)
+    run.save(done={"mgp": stats})
+    return {name: value.cpu() for name, value in mae.encoder.state_dict().items()}
+
+
 def run_stages(args, data, test_loader, sizes, encoder, run, device):
     """Both stages. Returns result.json's `stages`."""
-    where = dict(data=data, args=args, run=run, device=device)
-    nothing = dict.fromkeys(("all", "many", "medium", "few", "ece", "mce"))  # of a net that does not classify
     stages = []
-
-    # Stage one, masked generative pre-training: no labels
-    if not args.from_scratch and not args.mgp_checkpoint:
-        torch.manual_seed(runtime.derive_seed(args.seed, "mgp", "initialisation"))
-        mae = MAE(**sizes, decoder_width=args.decoder_width, decoder_depth=args.decoder_depth,
-                  decoder_heads=args.decoder_heads, norm_pix=args.norm_pix).to(device)
-
-        def reconstruction_loss(forward, images, targets):
-            keep, restore, _ = random_masking(len(images), mae.encoder.num_patches, args.mask_ratio,
-                                              device=device)
-            predictions, pixels = forward(images, keep, restore)
-            return F.mse_loss(predictions.float(), pixels)  # over the masked patches
-
-        if "mgp" not in run.state.get("done", {}):
-            lr = args.mgp_lr * args.mgp_batch_size / 256
-            stats = train_stage("mgp", mae, reconstruction_loss, "resized", dict(
-                epochs=args.mgp_epochs, warmup_epochs=args.mgp_warmup_epochs, batch_size=args.mgp_batch_size,
-                lr=lr, min_lr=0.0), lambda name: 1.0, 0.95, test_loader=None, **where)
-            save_model(run.folder / "mgp.pt", mae.encoder, "mgp", sizes, args, data)
-            run.save(done={"mgp": stats})
-        runtime.wait_for_ranks()
-        encoder = load_encoder(run.folder / "mgp.pt", sizes)
+    if runs_mgp(args):
+        encoder = pretrain(sizes, data, args, run, device)
+        nothing = dict.fromkeys(("all", "many", "medium", "few", "ece", "mce"))  # it does not classify
         stages.append({"name": "mgp", **nothing, **run.state["done"]["mgp"]})
         if args.stage == "mgp":
             return stages
 
     # Stage two, balanced fine-tuning: one net for each loss; the first named, the run's own, comes last
-    mix = mixup_cutmix(data.num_classes, *((args.mixup, args.cutmix) if args.augment == "strong" else (0, 0)))
+    strong = args.augment == "strong"
+    mix = mixup_cutmix(data.num_classes, *((args.mixup, args.cutmix) if strong else (0, 0)))
+    augmentation = "strong" if strong else "standard" if args.image_size <= 64 else "resized"
     counts = torch.from_numpy(data.class_counts)
     decay = args.layer_decay or (1.0 if args.from_scratch else 0.75)
+    lr = args.lr * args.batch_size / 256
+    settings = dict(epochs=args.epochs, warmup_epochs=args.warmup_epochs, batch_size=args.batch_size, lr=lr,
+                    min_lr=min(lr, 1e-6), beta2=0.999,
+                    scale_of=lambda name: layer_lr_scale(name, sizes["depth"], decay))
     for loss_name in reversed(args.loss):
         torch.manual_seed(runtime.derive_seed(args.seed, "bft", "initialisation"))
         model = pretrained_vit(sizes, data.num_classes, args.drop_path, encoder).to(device)
@@ -486,23 +523,19 @@ def run_stages(args, data, test_loader, sizes, encoder, run, device):
             return loss_function(forward(images)[0], soft_targets, counts, tau)
 
         file = "model.pt" if loss_name == args.loss[0] else f"model_{loss_name}.pt"
+        name = loss_name + ", from scratch" * args.from_scratch
         done = run.state.get("done", {})
-        if loss_name in done:
+        if name in done:
             model.load_state_dict(load_model(run.folder / file)[0].state_dict())
         else:
-            lr = args.lr * args.batch_size / 256
-            stats = train_stage(loss_name, model, classification_loss,
-                                "strong" if args.augment == "strong" else "standard", dict(
-                epochs=args.epochs, warmup_epochs=args.warmup_epochs, batch_size=args.batch_size,
-                lr=lr, min_lr=min(lr, 1e-6)), lambda name: layer_lr_scale(name, sizes["depth"], decay), 0.999,
-                                test_loader=test_loader, **where)
-            done = {**done, loss_name: stats}
+            done = {**done, name: train_stage(name, model, classification_loss, augmentation, settings, data,
+                                              test_loader, args, run, device)}
             save_model(run.folder / file, model, loss_name, sizes, args, data)
             run.save(done=done)
         paper, bayes = assess(model, loss_name, args.tau, data.class_counts, test_loader, args.amp)
         untrained = {"best_all": None, "seconds": None, "images_per_second": None}
-        stages += [{"name": f"{loss_name}, Bayes decoding", **bayes, **untrained},
-                   {"name": loss_name, **paper, **done[loss_name]}]
+        stages += [{"name": f"{name}, Bayes decoding", **bayes, **untrained},
+                   {"name": name, **paper, **done[name]}]
     return stages
 
 

@@ -107,7 +107,7 @@ def scores(logits, targets, class_counts):
     group_sizes and per_class_accuracy. Raises Diverged where a logit is nan."""
     logits = logits.float()
     if logits.isnan().any():
-        raise Diverged("the net's outputs became nan: training diverged; try a smaller --lr")
+        raise Diverged("the net's outputs became nan: training diverged; try a smaller learning rate")
     result = shot_accuracy(logits.argmax(1), targets, class_counts)
     result["per_class_accuracy"] = result.pop("per_class")
     result["ece"], result["mce"] = calibration_error(logits.softmax(1), targets)

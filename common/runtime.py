@@ -310,7 +310,7 @@ class Run:
         if bad:
             last = self.folder / "last.pt"
             fail(f"the loss of {stage} became {losses[bad[0]].item()} at step {bad[0] + 1} of epoch "
-                 f"{epoch + 1}, lr {lr_at(bad[0]):g}; try a smaller --lr; last good checkpoint: "
+                 f"{epoch + 1}, lr {lr_at(bad[0]):g}; try a smaller learning rate; last good checkpoint: "
                  f"{last if last.exists() else 'none yet'}")
         return losses.mean().item()
 
