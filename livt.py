@@ -31,12 +31,11 @@ Where we depart, or had to choose ([G]: XuZhengzhuo/LiVT@68546ef and the logs it
     python livt.py                                                    # embedded images
     python livt.py --dataset cifar100_lt --loss balanced-bce bce ce balanced-ce
     torchrun --nproc_per_node 8 livt.py --dataset folder --data-dir /data/imagenet_lt --recipe imagenet_lt
-    python livt.py ... --from-scratch --loss ce --augment plain       # the row "ViT"; DeiT-like: strong
-    python livt.py ... --images-per-class 160                         # ImageNet-BAL
-    python livt.py ... --stage bft --mgp-checkpoint runs/.../mgp.pt --image-size 384
-    python livt.py ... --recipe inat18 --stage mgp --image-size 128   # then --stage bft --mgp-checkpoint ...
-    python livt.py --dataset cifar10_lt --recipe imagenet_lt --stage bft --mgp-checkpoint mgp.pt 
-        --image-size 64 --epochs 20                                   # the paper's way to CIFAR
+
+The paper's other comparisons, flags to add: --from-scratch --loss ce --augment plain is the row "ViT", with
+--augment strong a DeiT-like one; --images-per-class 160 is ImageNet-BAL; --stage bft --mgp-checkpoint FILE
+--image-size 384 fine-tunes at 384 pixels; --stage mgp --image-size 128 pre-trains iNat18 as the paper does.
+CIFAR its way: --recipe imagenet_lt --stage bft --mgp-checkpoint FILE --image-size 64 --epochs 20.
 
 What to expect: not measured yet.
 """
