@@ -24,7 +24,8 @@ Where we depart, or had to choose ([L]: hshustc/CVPR19_Incremental_Learning, whi
 - paper: progressive sampling "could be incorporated" / here: in phase one and in plain; phase two shuffles.
 - paper: batch sizes of the large sets, and epochs of ImageNet-LT, not given / here: as the recipes say.
 - paper: rows marked with a dagger have "extended parameters" that are not described / here: left out.
-- Under torchrun and --grad-accumulation the graph of Eq. (6) spans one rank's part of a batch, not all of it.
+- Under torchrun and --grad-accumulation the graph of Eq. (6) and the mean of Eq. (9) span one rank's part of
+  a batch, not all of it.
 
     python async_lt.py                                                # embedded images
     python async_lt.py --dataset cifar100_lt

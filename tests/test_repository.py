@@ -172,7 +172,8 @@ def test_help_works_without_torchvision_and_shows_the_recipe(method, tmp_path):
     assert "(default: imagenet_lt)" in shown.stdout and f"(default: {epochs})" in shown.stdout
 
 
-QUICKLY = {"livt": ["--mgp-epochs", "1"]}  # a method's flags for a run of seconds
+# a method's flags for a run of seconds
+QUICKLY = {"async_lt": ["--phase-two-epochs", "1"], "livt": ["--mgp-epochs", "1"]}
 
 
 @pytest.mark.parametrize("method", METHODS)
