@@ -326,11 +326,7 @@ def train_stage(name, model, loss_of, sample, epochs, lr, is_head, data, loaders
         lr, momentum=0.9, weight_decay=args.weight_decay, fused=device.type == "cuda")
     autocast = runtime.autocast(device, args.amp)
     forward = torch.compile(model) if args.compile else model
-    state, done = {"stage": name, "epoch": 0, "best_all": 0.0, "seconds": 0.0}, run.state.get("done", {})
-    if run.state.get("stage") == name:  # resumed in the middle of this stage
-        state = {key: run.state[key] for key in state}
-        model.load_state_dict(run.state["model"])
-        optimizer.load_state_dict(run.state["optimizer"])
+    state = run.open_stage(name, model, optimizer)
 
     def lr_at(progress, base):
         return cosine_lr(progress, base) if args.schedule == "cosine" else \
@@ -338,13 +334,15 @@ def train_stage(name, model, loss_of, sample, epochs, lr, is_head, data, loaders
 
     for epoch in range(state["epoch"], epochs):
         model.train()
-        started, step = time.time(), 0
+        started, step = time.time() - state["seconds"], state["step"]
         indices = sample(epoch, runtime.generator(args.seed, name, "sampling", epoch))
         steps = math.ceil(len(indices) / args.batch_size)  # the last partial batch included
         losses = torch.zeros(steps, device=device)
+        losses[:step] = state["losses"]
         for images, targets, share, ends_step in tqdm(
-                loader.batches(indices, epoch), f"{name}, epoch {epoch + 1}", steps * args.grad_accumulation,
-                leave=False, disable=None if runtime.rank() == 0 else True):
+                loader.batches(indices, epoch, step), f"{name}, epoch {epoch + 1}",
+                (steps - step) * args.grad_accumulation, leave=False,
+                disable=None if runtime.rank() == 0 else True):
             with autocast():
                 loss = share * loss_of(images, targets, *forward(images))
             loss.backward()
@@ -356,10 +354,14 @@ def train_stage(name, model, loss_of, sample, epochs, lr, is_head, data, loaders
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1
+                if run.must_stop(step):
+                    state.update(step=step, losses=losses[:step], seconds=time.time() - started)
+                    run.save_stage(state, model, optimizer)
+                    run.stop()
         runtime.average_buffers(model)
         mean_loss = run.check_losses(  # the epoch's one host sync
             losses, name, epoch, lambda step: lr_at((epoch + step / steps) / epochs, lr))
-        state.update(epoch=epoch + 1, seconds=state["seconds"] + time.time() - started)
+        state.update(epoch=epoch + 1, step=0, losses=losses[:0], seconds=time.time() - started)
         row = {"stage": name, "epoch": epoch + 1, "loss": mean_loss, "seconds": state["seconds"]}
         if args.track_gradients:
             probe = torch.randperm(len(data.train), generator=runtime.generator(args.seed, "probe"))[:512]
@@ -370,9 +372,7 @@ def train_stage(name, model, loss_of, sample, epochs, lr, is_head, data, loaders
             state["best_all"] = max(state["best_all"], row["all"])
             runtime.say(f"{name}, epoch {epoch + 1} of {epochs}: loss {mean_loss:.3f}, all {row['all']:.1f}")
         run.log(**row)
-        run.save(**state, model=model.state_dict(), optimizer=optimizer.state_dict(), done=done)
-        if epoch + 1 < epochs:
-            run.stop_when_late()
+        run.save_stage(state, model, optimizer)
     runtime.report_bad_images([loader])
     return {"best_all": state["best_all"], "seconds": state["seconds"],
             "images_per_second": epochs * len(sample(0, torch.Generator())) / state["seconds"]}

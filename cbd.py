@@ -292,20 +292,19 @@ def train_stage(name, model, loss_of, sample, augmentation, epochs, lr, data, te
     forward = torch.compile(model) if args.compile else model
     all_targets = torch.from_numpy(data.train.targets)
     steps = math.ceil(len(all_targets) / args.batch_size)  # of an epoch, its last partial batch included
-    state, done = {"stage": name, "epoch": 0, "best_all": 0.0, "seconds": 0.0}, run.state.get("done", {})
-    if run.state.get("stage") == name:  # resumed in the middle of this stage
-        state = {key: run.state[key] for key in state}
-        model.load_state_dict(run.state["model"])
-        optimizer.load_state_dict(run.state["optimizer"])
+    state = run.open_stage(name, model, optimizer)
 
     for epoch in range(state["epoch"], epochs):
-        started, step, losses = time.time(), 0, torch.zeros(steps, device=device)
+        started, step = time.time() - state["seconds"], state["step"]
+        losses = torch.zeros(steps, device=device)
+        losses[:step] = state["losses"]
         for part in model.children():  # batch norm of a frozen part keeps its statistics
             part.train(any(p.requires_grad for p in part.parameters()))
         indices = sample(all_targets, runtime.generator(args.seed, name, "sampling", epoch))
         for images, targets, share, ends_step in tqdm(
-                loader.batches(indices, epoch), f"{name}, epoch {epoch + 1}", steps * args.grad_accumulation,
-                leave=False, disable=None if runtime.rank() == 0 else True):
+                loader.batches(indices, epoch, step), f"{name}, epoch {epoch + 1}",
+                (steps - step) * args.grad_accumulation, leave=False,
+                disable=None if runtime.rank() == 0 else True):
             with autocast():
                 loss = share * loss_of(images, targets, *forward(images))
             loss.backward()
@@ -317,10 +316,14 @@ def train_stage(name, model, loss_of, sample, augmentation, epochs, lr, data, te
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1
+                if run.must_stop(step):
+                    state.update(step=step, losses=losses[:step], seconds=time.time() - started)
+                    run.save_stage(state, model, optimizer)
+                    run.stop()
         runtime.average_buffers(model)
         mean_loss = run.check_losses(  # the epoch's one host sync
             losses, name, epoch, lambda step: cosine_lr(epoch * steps + step, epochs * steps, lr))
-        state.update(epoch=epoch + 1, seconds=state["seconds"] + time.time() - started)
+        state.update(epoch=epoch + 1, step=0, losses=losses[:0], seconds=time.time() - started)
         row = {"stage": name, "epoch": epoch + 1, "loss": mean_loss, "seconds": state["seconds"]}
         if (epoch + 1) % args.evaluate_every == 0 or epoch + 1 == epochs:
             logits, _, targets = outputs(model, test_loader, args.amp)
@@ -328,9 +331,7 @@ def train_stage(name, model, loss_of, sample, augmentation, epochs, lr, data, te
             state["best_all"] = max(state["best_all"], row["all"])
             runtime.say(f"{name}, epoch {epoch + 1} of {epochs}: loss {mean_loss:.3f}, all {row['all']:.1f}")
         run.log(**row)
-        run.save(**state, model=model.state_dict(), optimizer=optimizer.state_dict(), done=done)
-        if epoch + 1 < epochs:
-            run.stop_when_late()
+        run.save_stage(state, model, optimizer)
     runtime.report_bad_images([loader])
     return {"best_all": state["best_all"], "seconds": state["seconds"],
             "images_per_second": epochs * len(all_targets) / state["seconds"]}

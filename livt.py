@@ -334,28 +334,28 @@ def train_stage(name, model, loss_of, augmentation, settings, data, test_loader,
     forward = torch.compile(model) if args.compile else model
     targets_of_all = torch.from_numpy(data.train.targets)
     steps, epochs = math.ceil(len(targets_of_all) / settings["batch_size"]), settings["epochs"]
-    state = {"stage": name, "epoch": 0, "best_all": 0.0, "seconds": 0.0, "loss": None}
-    done = run.state.get("done", {})
-    if run.state.get("stage") == name:  # resumed in the middle of this stage
-        state = {key: run.state[key] for key in state}
-        model.load_state_dict(run.state["model"])
-        optimizer.load_state_dict(run.state["optimizer"])
+    state = {"loss": None, **run.open_stage(name, model, optimizer)}
 
     def lr_at(epoch):
         return warmup_cosine_lr(epoch, epochs, settings["warmup_epochs"], settings["lr"], settings["min_lr"])
 
     for epoch in range(state["epoch"], epochs):
         model.train()
-        started, step, losses = time.time(), 0, torch.zeros(steps, device=device)
+        started, step = time.time() - state["seconds"], state["step"]
+        losses = torch.zeros(steps, device=device)
+        losses[:step] = state["losses"]
+        starts_step = True
         indices = instance_indices(targets_of_all, runtime.generator(args.seed, name, "sampling", epoch))
-        # Masks, mixing and drop path draw from torch's own generators
-        torch.manual_seed(runtime.derive_seed(args.seed, name, "noise", epoch, runtime.rank()))
         for images, targets, share, ends_step in tqdm(
-                loader.batches(indices, epoch), f"{name}, epoch {epoch + 1}", steps * args.grad_accumulation,
-                leave=False, disable=None if runtime.rank() == 0 else True):
+                loader.batches(indices, epoch, step), f"{name}, epoch {epoch + 1}",
+                (steps - step) * args.grad_accumulation, leave=False,
+                disable=None if runtime.rank() == 0 else True):
+            if starts_step:  # masks, mixing and drop path draw from torch's own generators
+                torch.manual_seed(runtime.derive_seed(args.seed, name, "noise", epoch, step, runtime.rank()))
             with autocast():
                 loss = share * loss_of(forward, images, targets)
             loss.backward()
+            starts_step = ends_step
             losses[step] += loss.detach()
             if ends_step:
                 runtime.sum_gradients(parameters)
@@ -364,9 +364,14 @@ def train_stage(name, model, loss_of, augmentation, settings, data, test_loader,
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1
+                if run.must_stop(step):
+                    state.update(step=step, losses=losses[:step], seconds=time.time() - started)
+                    run.save_stage(state, model, optimizer)
+                    run.stop()
         mean_loss = run.check_losses(  # the epoch's one host sync
             losses, name, epoch, lambda step: lr_at(epoch + step / steps))
-        state.update(epoch=epoch + 1, seconds=state["seconds"] + time.time() - started, loss=mean_loss)
+        state.update(epoch=epoch + 1, step=0, losses=losses[:0], loss=mean_loss,
+                     seconds=time.time() - started)
         row = {"stage": name, "epoch": epoch + 1, "loss": mean_loss, "seconds": state["seconds"]}
         if (epoch + 1) % args.evaluate_every == 0 or epoch + 1 == epochs:
             if test_loader is not None:
@@ -376,9 +381,7 @@ def train_stage(name, model, loss_of, augmentation, settings, data, test_loader,
             runtime.say(f"{name}, epoch {epoch + 1} of {epochs}: loss {mean_loss:.3f}"
                         + (f", all {row['all']:.1f}" if "all" in row else ""))
         run.log(**row)
-        run.save(**state, model=model.state_dict(), optimizer=optimizer.state_dict(), done=done)
-        if epoch + 1 < epochs:
-            run.stop_when_late()
+        run.save_stage(state, model, optimizer)
     runtime.report_bad_images([loader])
     return {"best_all": state["best_all"] if test_loader is not None else None, "seconds": state["seconds"],
             "images_per_second": epochs * len(targets_of_all) / state["seconds"], "loss": state["loss"]}

@@ -46,19 +46,20 @@ def normalise(images, mean, std):
     return images.sub_(255 * mean).div_(255 * std)
 
 
-def split_batches(num_indices, batch_size, rank=0, ranks=1, accumulation=1):
+def split_batches(num_indices, batch_size, rank=0, ranks=1, accumulation=1, first_step=0):
     """Positions of one rank's parts: yields (positions: a range, share, ends_step) for a list of that length.
 
     Global batch b holds positions b * batch_size onwards; the last one may be smaller. A rank takes every
     ranks-th position of it, in as many parts as every other rank. A global batch with fewer images than ranks
-    goes to every rank whole, each with share 1 / ranks. So no part is ever empty. Raises ValueError.
+    goes to every rank whole, each with share 1 / ranks. So no part is ever empty. first_step: the
+    first global batch. Raises ValueError.
     """
     if batch_size < 1 or accumulation < 1 or batch_size % (ranks * accumulation):
         raise ValueError(f"the batch size ({batch_size}) must be a multiple of ranks x gradient accumulation "
                          f"({ranks} x {accumulation})")
 
     def parts():
-        for start in range(0, num_indices, batch_size):
+        for start in range(first_step * batch_size, num_indices, batch_size):
             whole = range(start, min(start + batch_size, num_indices))
             mine, weight = (whole[rank::ranks], 1 / len(whole)) if len(whole) >= ranks else \
                 (whole, 1 / (len(whole) * ranks))
@@ -266,8 +267,9 @@ class ResidentLoader:
         self.augmentation, self.seed, self.noise = augmentation, seed, noise
         self.num_images, self.device = len(split), device
 
-    def batches(self, indices, epoch=0):
-        """An iterator over this rank's `Batch`es of an epoch over `indices` (int64 [n])."""
+    def batches(self, indices, epoch=0, first_step=0):
+        """An iterator over this rank's `Batch`es of an epoch over `indices` (int64 [n]), from the global
+        batch `first_step` on."""
         indices = torch.as_tensor(indices).to(self.device)
         # All of the epoch's random numbers at once: row i belongs to position i of the list, on every rank
         seed, columns = mix_seed(self.seed, epoch), UNIFORMS.get(self.augmentation, 9)
@@ -276,7 +278,7 @@ class ResidentLoader:
         choices = torch.rand(len(indices), 2 * RAND_AUGMENT[0],  # on the CPU
                              generator=torch.Generator().manual_seed(seed + 1))
         for positions, share, ends_step in split_batches(len(indices), self.batch_size, self.rank, self.ranks,
-                                                         self.accumulation):
+                                                         self.accumulation, first_step):
             here = slice(positions.start, positions.stop, positions.step)
             chosen = indices[here]
             if self.augmentation == "none":
@@ -401,9 +403,11 @@ class StreamedLoader:
             persistent_workers=workers > 0 and augmentation != "none",  # evaluation is rare: its workers go
             pin_memory=device.type == "cuda")
 
-    def batches(self, indices, epoch=0):
-        """An iterator over this rank's `Batch`es of an epoch over `indices` (int64 [n])."""
-        parts = list(split_batches(len(indices), self.batch_size, self.rank, self.ranks, self.accumulation))
+    def batches(self, indices, epoch=0, first_step=0):
+        """An iterator over this rank's `Batch`es of an epoch over `indices` (int64 [n]), from the global
+        batch `first_step` on."""
+        parts = list(split_batches(len(indices), self.batch_size, self.rank, self.ranks, self.accumulation,
+                                   first_step))
         self.sampler.indices, self.sampler.epoch, self.sampler.parts = np.asarray(indices), epoch, parts
         for (positions, share, ends_step), (images, targets, reasons) in zip(parts, self.loader):
             readable = [i for i, reason in enumerate(reasons) if not reason]

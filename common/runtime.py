@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -234,15 +236,24 @@ def wait_for_ranks():
 
 # ---------------------------------------------------------------- files
 
-def atomic_write(path, write):
+def atomic_write(path, write, keep=None):
     """Call write(file) on a new file that then takes the place of `path` in one step: a reader, or a crash,
-    sees the old file or the new one. Raises OSError with the path."""
+    sees the old file or the new one. keep: where the old one is moved to. When it cannot be written, as on a
+    full disk, the old one stays and the run ends by `fail`."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as reason:  # torch.save turns the first into the second
+        part.unlink(missing_ok=True)
+        why = reason.strerror if isinstance(reason, OSError) else str(reason).split("\n")[0]
+        fail(f"cannot write {path}: {why}; what was there before is still there: make room, then --resume",
+             shared=False)
+    if keep and path.exists():
+        os.replace(path, keep)
     os.replace(part, path)
 
 
@@ -257,7 +268,8 @@ def load_checkpoint(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as reason:  # torch, zipfile and pickle each raise their own
-        raise ValueError(f"cannot read the checkpoint {path}: {str(reason).splitlines()[0]}") from reason
+        why = (str(reason) or type(reason).__name__).splitlines()[0]
+        raise ValueError(f"cannot read the checkpoint {path}: {why}") from reason
 
 
 def load_net(path, method, arch=None, num_classes=None):
@@ -281,26 +293,67 @@ def load_net(path, method, arch=None, num_classes=None):
 class Run:
     """The folder that a run writes: log.jsonl, last.pt, result.json and the final weights.
 
-    Opened by `open_run`. `.state` is what `save` last wrote ({} at a fresh start). Only rank 0 writes.
+    Opened by `open_run`. `.state` is what `save` last wrote ({} at a fresh start). Only rank 0 writes. From
+    here on SIGTERM and SIGINT are remembered, for `must_stop`; a second one ends the process at once.
     """
 
-    def __init__(self, folder, args, state):
+    def __init__(self, folder, args, state, lock=None):
         self.folder, self.args, self.state, self.started = folder, args, state, time.time()
         self.device = choose_device(args.device)
         self.seconds_before = state.get("run_seconds", 0.0)
+        self.lock, self.signal, self.handlers = lock, None, {}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
+            self.handlers = {number: signal.signal(number, self._remember)
+                             for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _remember(self, number, frame):
+        self.signal = number
+        for each in self.handlers:
+            signal.signal(each, signal.SIG_DFL)
+
+    def close(self):
+        """Give back the signals' handlers and the folder."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.lock:
+            self.lock.close()
 
     def seconds(self):
         """Seconds that the run has taken so far, evaluation included, over all resumed parts."""
         return self.seconds_before + time.time() - self.started
 
-    def stop_when_late(self):
-        """End the process once --time-limit (minutes since this process's start) has passed on rank 0's
-        clock."""
+    def open_stage(self, name, model, optimizer):
+        """What is saved of a stage besides these two, at its start; or what was saved in its middle, after
+        loading these two. step, losses: of the epoch in progress; best_all: percent; seconds: of training."""
+        if self.state.get("stage") != name:
+            return {"stage": name, "epoch": 0, "step": 0, "losses": torch.zeros(0), "best_all": 0.0,
+                    "seconds": 0.0}
+        model.load_state_dict(self.state["model"])
+        optimizer.load_state_dict(self.state["optimizer"])
+        return self.state["progress"]
+
+    def save_stage(self, state, model, optimizer):
+        """Write last.pt in the middle of a stage. state: as `open_stage` returned it, brought up to date."""
+        losses = sum_ranks(state["losses"].clone()) / ranks()  # summed again at the epoch's end
+        self.save(stage=state["stage"], progress={**state, "losses": losses}, model=model.state_dict(),
+                  optimizer=optimizer.state_dict(), done=self.state.get("done", {}))
+
+    def must_stop(self, step):
+        """Whether the run must end after this step: a signal has come, or --time-limit (minutes since this
+        process's start) has passed. Under torchrun the ranks agree on it at every 16th step."""
+        if ranks() > 1 and step % 16:
+            return False
         limit = self.args.time_limit
-        late = limit is not None and rank() == 0 and time.time() - self.started > 60 * limit
-        if sum_ranks(torch.tensor(float(late), device=self.device)).item():
-            say(f"stopped by --time-limit; the same command with --resume --out {self.folder} goes on")
-            sys.exit(0)
+        stops = self.signal is not None or limit is not None and time.time() - self.started > 60 * limit
+        return stops if ranks() == 1 else \
+            bool(sum_ranks(torch.tensor(float(stops), device=self.device)).item())
+
+    def stop(self):
+        """End the process, after `save`: exit code 0 for --time-limit, 128 + the signal's number else."""
+        self.close()
+        reason = "--time-limit" if self.signal is None else signal.Signals(self.signal).name
+        say(f"stopped by {reason}; the same command with --resume --out {self.folder} goes on")
+        sys.exit(0 if self.signal is None else 128 + self.signal)
 
     def check_losses(self, losses, stage, epoch, lr_at):
         """The mean of an epoch's losses [steps], each summed over the ranks. Ends the run when one is not
@@ -317,15 +370,22 @@ class Run:
     def log(self, **row):
         """Append one line to log.jsonl."""
         if rank() == 0:
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            path = self.folder / "log.jsonl"
+            try:
+                with open(path, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as reason:
+                fail(f"cannot write {path}: {reason.strerror}; make room, then --resume", shared=False)
 
     def save(self, **state):
-        """Write last.pt: `state` replaces what was there, and is `.state` from now on."""
+        """Write last.pt: `state` replaces what was there, which becomes previous.pt, and is `.state` from now
+        on."""
         lines = (self.folder / "log.jsonl").read_bytes().count(b"\n") if rank() == 0 else 0
         self.state = {**state, "args": vars(self.args), "run_seconds": self.seconds(),
                       "log_lines": lines}
-        save_checkpoint(self.folder / "last.pt", self.state)
+        if rank() == 0:
+            atomic_write(self.folder / "last.pt", lambda file: torch.save(self.state, file),
+                         keep=self.folder / "previous.pt")
 
     def finish(self, method, data, stages):
         """Write result.json: the last of `stages` is the run's own. Returns its content."""
@@ -335,6 +395,9 @@ class Run:
         if rank() == 0:
             text = json.dumps(result, indent=1)
             atomic_write(self.folder / "result.json", lambda file: file.write(text.encode()))
+            (self.folder / "previous.pt").unlink(missing_ok=True)
+            (self.folder / ".lock").unlink(missing_ok=True)
+        self.close()
         return result
 
 
@@ -342,6 +405,40 @@ def report_bad_images(loaders):
     """Name, on every rank, the image files that --skip-bad-images left out."""
     for reason in sorted(set().union(*(loader.bad_images for loader in loaders))):
         tqdm.write(f"left out by --skip-bad-images: {reason}")
+
+
+def lock_folder(folder):
+    """Keep other processes from writing to a folder until the returned file is closed or the process ends
+    (on Windows nothing does). Raises ValueError when one does."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as reason:
+        raise ValueError(f"another process writes to {folder}; wait for its end, or name another --out") \
+            from reason
+    return file
+
+
+def load_last(folder):
+    """What `Run.save` last wrote, or what it wrote before where that is damaged; {} where there is nothing.
+    Raises ValueError when all is damaged."""
+    damage = None
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        if path.exists():
+            try:
+                state = load_checkpoint(path)
+                if damage:
+                    say(f"{damage}; going on from {path}")
+                return state
+            except ValueError as reason:
+                damage = reason
+    if damage:
+        raise ValueError(f"{damage}, and there is no earlier one; train again, with another --out")
+    return {}
 
 
 MAY_CHANGE = ("workers", "device", "compile", "time_limit", "resume", "out", "data_dir", "skip_bad_images")
@@ -373,16 +470,18 @@ def open_run(args, method):
         names = [str(folder)]
         dist.broadcast_object_list(names, 0)
         folder = Path(names[0])
-    state = {}
-    if args.resume and (folder / "last.pt").exists():
-        state = load_checkpoint(folder / "last.pt")
+    lock = lock_folder(folder) if rank() == 0 else None
+    state = load_last(folder) if args.resume else {}
+    if state:
         saved = json.loads(json.dumps(state["args"]))
         now = json.loads(json.dumps(vars(args)))
         differing = [key for key in now if key not in MAY_CHANGE and now[key] != saved.get(key)]
         if differing:
             raise ValueError(f"{folder} was started with other settings: " + ", ".join(
                 f"--{key.replace('_', '-')} {saved.get(key)}, now {now[key]}" for key in differing))
-    place = float(derive_seed(state.get("stage"), state.get("epoch"), sorted(state.get("done", {}))) % 2**20)
+    progress = state.get("progress", {})
+    place = derive_seed(*map(progress.get, ("stage", "epoch", "step")), sorted(state.get("done", {})))
+    place = float(place % 2**20)
     if sum_ranks(torch.tensor(place, device=choose_device(args.device))).item() != ranks() * place:
         raise ValueError(f"ranks see different checkpoints in {folder}: all machines must share --out's disk")
     if rank() == 0:
@@ -395,7 +494,7 @@ def open_run(args, method):
                       "device": device_name(args.device), "ranks": ranks(), "git_commit": git_commit()}
             atomic_write(log, lambda file: file.write((json.dumps(header) + "\n").encode()))
     wait_for_ranks()
-    return Run(folder, args, state)
+    return Run(folder, args, state, lock)
 
 
 def versions():

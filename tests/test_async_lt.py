@@ -79,9 +79,9 @@ def observed_run(folder, *flags, name="run"):
         loader = make(*args, **named)
         batches = loader.batches
 
-        def spy_batches(indices, epoch=0):
+        def spy_batches(indices, epoch=0, first_step=0):
             seen.drawn.setdefault(seen.stage, []).append(torch.as_tensor(indices).clone())
-            return batches(indices, epoch)
+            return batches(indices, epoch, first_step)
         if loader.augmentation == "standard":  # a training loader
             loader.batches = spy_batches
         return loader

@@ -311,7 +311,8 @@ def test_time_limit_stops_with_a_checkpoint_that_resumes(tmp_path):
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, "--epochs", "2", "--time-limit", "0")
     assert stop.value.code == 0
-    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 1
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]
+    assert (saved["epoch"], saved["step"]) == (0, 1)
     assert run(tmp_path, "--epochs", "2", "--resume")["stages"][0]["name"] == "teacher 1, standard"
 
 

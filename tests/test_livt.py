@@ -485,15 +485,16 @@ def test_training_learns_colours(tmp_path):
 @pytest.mark.parametrize("stop", [("mgp", 2), ("bce", 1), ("balanced-bce", 2)])
 def test_a_run_resumed_in_the_middle_of_any_stage_ends_with_the_same_weights(tmp_path, monkeypatch, stop):
     run(tmp_path, name="whole")
-    original = livt.runtime.Run.stop_when_late
+    original = livt.runtime.Run.save
 
-    def stop_here(self):
-        if (self.state["stage"], self.state["epoch"]) == stop:
+    def stop_here(self, **state):
+        original(self, **state)
+        if (state.get("stage"), state.get("progress", {}).get("epoch")) == stop:
             raise KeyboardInterrupt
-    monkeypatch.setattr(livt.runtime.Run, "stop_when_late", stop_here)
+    monkeypatch.setattr(livt.runtime.Run, "save", stop_here)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, name="cut")
-    monkeypatch.setattr(livt.runtime.Run, "stop_when_late", original)
+    monkeypatch.setattr(livt.runtime.Run, "save", original)
     run(tmp_path, "--resume", name="cut")
     for file in ("mgp.pt", "model.pt", "model_bce.pt"):
         assert same_weights(tmp_path / "whole" / file, tmp_path / "cut" / file), file
