@@ -49,7 +49,8 @@ def group_stages(results):
         for stage in result["stages"]:
             seeds = groups.setdefault((result["method"], result["dataset"], stage["name"]), {})
             same = seeds.setdefault(result["seed"], stage)
-            if abs(same["all"] - stage["all"]) > 0.5:  # another machine's rounding moves less than that
+            if stage["all"] is not None and \
+                    abs(same["all"] - stage["all"]) > 0.5:  # another machine's rounding moves less than that
                 raise ValueError(f"two runs of {result['dataset']} have a stage {stage['name']!r} of seed "
                                  f"{result['seed']} with other scores; summarise them apart")
             if stage.get("seconds"):  # the run that trained it knows how long that took

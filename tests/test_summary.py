@@ -40,6 +40,15 @@ def test_a_stage_that_two_runs_share_counts_once_a_seed_with_the_time_of_the_run
     assert "| student | 1 | 71.0 | - | 69.0 | 70.0 | 8.0 |" in text
 
 
+def test_a_stage_that_does_not_classify_has_no_scores(tmp_path):
+    paths = write(tmp_path, *(result(seed, 70.0) for seed in (0, 1)))
+    for path in paths:
+        content = json.loads((Path(path) / "result.json").read_text())
+        content["stages"].insert(0, {"name": "mgp", "all": None, "seconds": 5.0})
+        (Path(path) / "result.json").write_text(json.dumps(content))
+    assert "| mgp | 2 | - | - | - | - | 5.0 ± 0.0 |" in markdown(group_stages(read_results(paths)))
+
+
 def test_runs_that_differ_under_one_name_and_seed_are_refused(tmp_path, capsys):
     paths = write(tmp_path, result(0, 70.0), result(0, 75.0))
     with pytest.raises(SystemExit) as stop:
