@@ -16,6 +16,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -100,6 +101,10 @@ class Images:
     def __len__(self):
         return len(self.targets)
 
+    def subset(self, indices):
+        """The images at these indices."""
+        return Images(self.images[indices], self.targets[indices])
+
 
 @dataclass
 class ImageFiles:
@@ -109,6 +114,10 @@ class ImageFiles:
 
     def __len__(self):
         return len(self.targets)
+
+    def subset(self, indices):
+        """The image files at these indices."""
+        return ImageFiles(self.paths[indices], self.targets[indices])
 
 
 class Dataset:
@@ -140,6 +149,11 @@ class Dataset:
         if len(empty):
             raise ValueError(f"{name}: class {empty[0]} ({self.class_names[empty[0]]}) has no training image "
                              f"({len(empty)} such classes)")
+
+    def subset(self, indices):
+        """The same data set with the training images at these indices alone."""
+        return Dataset(self.name, self.train.subset(indices), self.val, self.test, self.class_names,
+                       self.mean, self.std, self.image_size, self.color_jitter)
 
 
 def _as_rgb(images, border=0):
@@ -182,9 +196,8 @@ def read_image(path):
 
 
 class Listing(NamedTuple):
-    """What a file says a split consists of. file: its path; unit: what item i of it is called, from 1;
-    names: image paths relative to the data set's root; targets: int64 [n]; class_names: C strings, or None.
-    """
+    """What a list file says. file: its path; unit: "line" or what else it counts; names: paths of images
+    relative to the data set's root; targets: int64 [n]; class_names: C strings, or None."""
     file: Path
     unit: str
     names: list
@@ -192,18 +205,22 @@ class Listing(NamedTuple):
     class_names: list = None
 
     def where(self, i):
-        """Where item i (from 0) stands."""
+        """Where image i (from 0) stands."""
         return f"{self.file}, {self.unit} {i + 1}"
 
 
 def read_list(path):
-    """A list file as OLTR and classifier-balancing have them: lines `relative/path label`, labels from 0,
-    maybe spaces in the path. Returns a `Listing`. Raises ValueError with file and line."""
-    if not Path(path).is_file():
+    """Read a list file: lines `relative/path label` as OLTR and classifier-balancing have them, labels from
+    0, maybe spaces in the path; or an official .json of iNaturalist 2017 or 2018, whose category ids are the
+    labels. Returns a `Listing`. Raises ValueError with file and line."""
+    path = Path(path)
+    if not path.is_file():
         raise ValueError(f"no such list file: {path} (lines `relative/path label`; --train-list and "
-                         "--test-list name others; iNaturalist's official .json will do, too)")
+                         "--test-list name other files)")
+    if path.suffix == ".json":
+        return _read_inat_json(path)
     names, targets = [], []
-    for number, line in enumerate(Path(path).read_bytes().rstrip().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().rstrip().splitlines(), 1):
         words = line.strip().rsplit(maxsplit=1)
         if len(words) < 2 or not words[1].isdigit() or len(words[1]) > 18:
             raise ValueError(f"{path}, line {number}: must be `relative/path label`, with a label 0, 1, ..., "
@@ -212,91 +229,85 @@ def read_list(path):
         targets.append(int(words[1]))
     if not names:
         raise ValueError(f"{path} is empty; it must hold lines `relative/path label`")
-    return Listing(Path(path), "line", names, np.array(targets, np.int64))
+    return Listing(path, "line", names, np.array(targets, np.int64))
 
 
-def read_inat_json(path):
-    """An official annotation file of iNaturalist 2017 or 2018; its category ids are the labels, as in
-    classifier-balancing's gen_lists.py. Returns a `Listing`. Raises ValueError."""
+def _read_inat_json(path):
     try:
-        content = json.loads(Path(path).read_bytes())
+        content = json.loads(path.read_bytes())
         file_of = {image["id"]: image["file_name"] for image in content["images"]}
         names = [file_of[annotation["image_id"]] for annotation in content["annotations"]]
         targets = [int(annotation["category_id"]) for annotation in content["annotations"]]
-        name_of = {int(category["id"]): category["name"] for category in content["categories"]}
+        name_of = {int(category["id"]): str(category["name"]) for category in content["categories"]}
     except (ValueError, KeyError, TypeError) as reason:
         raise ValueError(f"{path} is not an iNaturalist annotation file with images, annotations and "
                          f"categories ({type(reason).__name__}: {str(reason)[:80]})") from reason
-    if not names or sorted(name_of) != list(range(len(name_of))):
+    if not names or min(targets) < 0 or sorted(name_of) != list(range(len(name_of))):
         raise ValueError(f"{path} has no annotations, or its category ids are not 0..C-1")
-    return Listing(Path(path), "annotation", names, np.array(targets, np.int64),
-                   [str(name_of[i]) for i in range(len(name_of))])
+    return Listing(path, "annotation", names, np.array(targets, np.int64),
+                   [name_of[i] for i in range(len(name_of))])
 
 
-def check_listings(train, others, root, num_classes=None):
-    """Refuse what cannot be one data set: labels out of range, a class without a training image, an image in
-    two splits, a missing folder. num_classes: C (None: as many as the training list has). Returns C. Raises
-    ValueError with file and line."""
-    C, largest = num_classes, int(train.targets.argmax())
+def check_lists(train, others, root, num_classes=None):
+    """Refuse `Listing`s that cannot be one data set: a label out of range, a class without a training image,
+    an image in two splits, a folder that is not there. num_classes: C (None: as many as the training list
+    has). Returns C. Raises ValueError with file and line."""
+    C, last = num_classes, int(train.targets.argmax())
     if C is None:
-        C = int(train.targets[largest]) + 1
-        if C > len(train.names):  # some class has none; do not count up to a label of 10^15
-            raise ValueError(f"{train.where(largest)}: label {C - 1} among only {len(train.names)} images: "
+        C = int(train.targets[last]) + 1
+        if C > len(train.names):  # some class has no image; do not count up to a label of 10^15
+            raise ValueError(f"{train.where(last)}: label {C - 1} among only {len(train.names)} images: "
                              "class ids must be 0..C-1, each with an image")
     for listing in (train, *others):
-        beyond = np.flatnonzero(listing.targets >= C)
-        if len(beyond):
-            what = "the data set" if num_classes else "the training list"
-            raise ValueError(f"{listing.where(beyond[0])}: label {listing.targets[beyond[0]]} is out of "
-                             f"range, {what} has classes 0..{C - 1}")
+        for i in np.flatnonzero(listing.targets >= C)[:1]:
+            raise ValueError(f"{listing.where(i)}: label {listing.targets[i]} is out of range, there are "
+                             f"classes 0..{C - 1} in {'the data set' if num_classes else train.file}")
     lacking = np.bincount(train.targets, minlength=C) == 0
     for listing in others:
-        unknown = np.flatnonzero(lacking[listing.targets])
-        if len(unknown):
-            raise ValueError(f"{listing.where(unknown[0])}: class {listing.targets[unknown[0]]} has no image "
-                             f"in the training list {train.file}")
+        for i in np.flatnonzero(lacking[listing.targets])[:1]:
+            raise ValueError(f"{listing.where(i)}: class {listing.targets[i]} has no image in the training "
+                             f"list {train.file}")
     if lacking.any():
-        raise ValueError(f"{train.file}: class {np.flatnonzero(lacking)[0]} of 0..{C - 1} has no image "
+        raise ValueError(f"{train.file}: class {lacking.argmax()} of 0..{C - 1} has no image "
                          f"({lacking.sum()} such classes)")
-    seen = {}
+    seen = {}  # name: (listing, its place there)
     for listing in (train, *others):
         for i, name in enumerate(listing.names):
-            first, where = seen.setdefault(name, (listing, i))
+            first, place = seen.setdefault(name, (listing, i))
             if first is not listing:
                 raise ValueError(f"{listing.where(i)}: {name} is in another split too "
-                                 f"({first.where(where)}); is this the right list?")
+                                 f"({first.where(place)}); is this the right list?")
         folder = Path(root, listing.names[0]).parent
         if not folder.is_dir():
             raise ValueError(f"no such folder: {folder} ({listing.where(0)} names {listing.names[0]})")
     return C
 
 
-def _files(names, targets, root=""):
-    """`ImageFiles` of paths that are relative to root."""
-    return ImageFiles(np.array([os.fsencode(os.path.join(root, name)) for name in names]),
+def _files(paths, targets, root=""):
+    """`ImageFiles` of paths (strings) that are relative to root."""
+    return ImageFiles(np.array([os.fsencode(os.path.join(root, path)) for path in paths]),
                       np.asarray(targets, np.int64))
 
 
-def _scan(folder, ids):
-    """Image files FOLDER/CLASS/*.jpg: (paths, targets), ids: {class name: class id}. Raises ValueError."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"no such folder: {folder}")
+def _scan(folder, class_names):
+    """`ImageFiles` FOLDER/CLASS/*.jpg, class by class in the names' order. Raises ValueError."""
+    ids = {class_name: i for i, class_name in enumerate(class_names)}
     paths, targets = [], []
-    for class_folder in sorted(entry for entry in Path(folder).iterdir() if entry.is_dir()):
-        if class_folder.name not in ids:
-            raise ValueError(f"{class_folder} is a class that the training images do not have")
-        files = sorted(f for f in class_folder.iterdir() if f.suffix.lower() in IMAGE_ENDINGS)
+    for class_name in _class_folders(folder):
+        if class_name not in ids:
+            raise ValueError(f"{folder}/{class_name} is a class that the training images do not have")
+        files = sorted(f for f in Path(folder, class_name).iterdir() if f.suffix.lower() in IMAGE_ENDINGS)
         paths += files
-        targets += [ids[class_folder.name]] * len(files)
+        targets += [ids[class_name]] * len(files)
     if not paths:
         raise ValueError(f"no image files in {folder}")
-    return paths, targets
+    return _files(paths, targets)
 
 
-def _class_folders(folder):
-    """Names of the folders in a folder, sorted. Raises ValueError where there is none."""
+def _class_folders(folder, what="class folders"):
+    """Names of the folders in a folder, sorted. what: what must be there. Raises ValueError."""
     if not Path(folder).is_dir():
-        raise ValueError(f"no such folder: {folder}")
+        raise ValueError(f"no such folder: {folder} (looked for {what})")
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not names:
         raise ValueError(f"no class folders in {folder}")
@@ -409,27 +420,13 @@ def _fashion_lt(name, data_dir, imb_factor, seed):
 def _folder(name, data_dir, imb_factor, seed):
     """DIR/train/CLASS/*.jpg, DIR/test/CLASS/*.jpg, and DIR/val/CLASS/*.jpg where there is one."""
     root = Path(data_dir)
-    for part in ("train", "test"):
-        if not (root / part).is_dir():
-            raise ValueError(f"no such folder: {root / part} (looked for {root}/{{train,test}}/CLASS/*.jpg)")
-    class_names = _class_folders(root / "train")
-    ids = {class_name: i for i, class_name in enumerate(class_names)}
-    splits = {part: _files(*_scan(root / part, ids)) for part in ("train", "val", "test")
-              if (root / part).is_dir()}
-    train = splits["train"]
-    if imb_factor is not None:
-        kept = cut_to_long_tail(train.targets, len(class_names), imb_factor, seed=seed)
-        train = ImageFiles(train.paths[kept], train.targets[kept])
-    return Dataset(name, train, splits.get("val"), splits["test"], class_names, IMAGENET_MEAN, IMAGENET_STD,
-                   _size_shown(splits["train"].paths, root / "train"))
-
-
-def _size_shown(paths, where):
-    """Side in pixels at which a user's own images are shown: their own up to 64 pixels, else 224."""
-    side = _first_side(map(os.fsdecode, paths))
-    if side is None:
-        raise ValueError(f"none of the image files in {where} can be decoded")
-    return side if side <= 64 else 224
+    class_names = _class_folders(root / "train", f"{root}/{{train,test}}/CLASS/*.jpg")
+    train, test = (_scan(root / part, class_names) for part in ("train", "test"))
+    val = _scan(root / "val", class_names) if (root / "val").is_dir() else None
+    whole = Dataset(name, train, val, test, class_names, IMAGENET_MEAN, IMAGENET_STD,
+                    _size_shown(train.paths, root / "train"))
+    return whole if imb_factor is None else whole.subset(
+        cut_to_long_tail(train.targets, len(class_names), imb_factor, seed=seed))
 
 
 def _first_side(paths):
@@ -444,48 +441,12 @@ def _first_side(paths):
     return None
 
 
-# Data set -> what the names of its list files begin with, and its splits; the last one is tested on
-LISTED = {"imagenet_lt": ("ImageNet_LT", ("train", "val", "test")),  # OLTR's names
-          "places_lt": ("Places_LT", ("train", "val", "test")),
-          "inat18": ("iNaturalist18", ("train", "val")),  # classifier-balancing's; val is what all test on
-          "inat17": ("iNaturalist17", ("train", "val"))}
-
-
-def _listed(name, data_dir, imb_factor, seed, train_list=None, test_list=None):
-    """A fixed list of images: list files, iNaturalist's also as the official train2018.json, val2018.json.
-
-    train_list, test_list: a user's own, with paths relative to data_dir, for any data set of image files.
-    """
-    _refuse_factor(name, imb_factor)
-    root = Path(data_dir)
-
-    def listing(part):
-        path = root / f"{LISTED[name][0]}_{part}.txt"
-        official = root / f"{part}20{name[4:]}.json"  # train2018.json
-        if name.startswith("inat") and not path.is_file() and official.is_file():
-            return read_inat_json(official)
-        return read_list(path)
-
-    if name not in LISTED and not (train_list and test_list):
-        raise ValueError(f"{name} has no list files of its own: give both --train-list and --test-list")
-    train = read_list(train_list) if train_list else listing("train")
-    test = read_list(test_list) if test_list else listing(LISTED[name][1][-1])
-    val = None  # also for a training list of one's own, which may hold the val list's images
-    if name in LISTED and "test" in LISTED[name][1] and not train_list and \
-            (root / f"{LISTED[name][0]}_val.txt").is_file():
-        val = listing("val")
-    C = check_listings(train, [part for part in (val, test) if part], root,
-                       None if train_list else PUBLISHED[name]["classes"])
-    class_names = train.class_names
-    if class_names is None:  # the folders that hold them, without the first one, which is the split's
-        folders = ("/".join(path.split("/")[1:-1]) for path in train.names)
-        folder_of = dict(zip(train.targets.tolist(), folders))
-        class_names = [folder_of[i] for i in range(C)]
-        if "" in class_names or len(set(class_names)) < C:
-            class_names = [str(i) for i in range(C)]
-    splits = [part and _files(part.names, part.targets, root) for part in (train, val, test)]
-    size = _size_shown(splits[0].paths, train.file) if name == "folder" else 224
-    return Dataset(name, *splits, class_names, *_statistics(name), size, _color_jitter(name))
+def _size_shown(paths, where):
+    """Side in pixels at which a user's own images are shown: their own up to 64 pixels, else 224."""
+    side = _first_side(map(os.fsdecode, paths))
+    if side is None:
+        raise ValueError(f"none of the image files in {where} can be decoded")
+    return side if side <= 64 else 224
 
 
 def _statistics(name):
@@ -493,126 +454,155 @@ def _statistics(name):
 
 
 def _color_jitter(name):
-    """.4 but for iNaturalist, as in classifier-balancing@f162ade (ImageNet-LT, Places-LT) and CANDLE's forks
-    (the smaller sets); none for what is not a data set of a paper."""
+    """.4 as in classifier-balancing@f162ade (ImageNet-LT, Places-LT) and CANDLE (the small sets); none for
+    iNaturalist, nor for what is not a data set of a paper."""
     return 0.0 if name == "folder" or name.startswith("inat") else 0.4
 
 
-# Readers: root -> (train, val or None, test, class names), a split being (paths, targets)
+# Fixed lists: data set -> what the names of its list files begin with, and the split that all test on
+LISTED = {"imagenet_lt": ("ImageNet_LT", "test"), "places_lt": ("Places_LT", "test"),  # OLTR's files
+          "inat18": ("iNaturalist18", "val"), "inat17": ("iNaturalist17", "val")}  # classifier-balancing's
 
-def _caltech101(root):
+
+def _listed(name, data_dir, imb_factor, seed, train_list=None, test_list=None):
+    """DIR/ImageNet_LT_train.txt, ..., paths in them relative to DIR; iNaturalist's also train2018.json, ...
+
+    train_list, test_list: a user's own files instead, for any data set of image files.
+    """
+    _refuse_factor(name, imb_factor)
+    if name not in LISTED and not (train_list and test_list):
+        raise ValueError(f"{name} has no list files of its own: give both --train-list and --test-list")
+    root, (prefix, tested) = Path(data_dir), LISTED.get(name, ("", ""))
+
+    def listing(part):
+        path, official = root / f"{prefix}_{part}.txt", root / f"{part}20{name[4:]}.json"  # train2018.json
+        return read_list(official if official.is_file() and not path.is_file() else path)
+
+    train = read_list(train_list) if train_list else listing("train")
+    test = read_list(test_list) if test_list else listing(tested)
+    # no val for a training list of one's own, which may hold the val list's images
+    has_val = tested == "test" and not train_list and (root / f"{prefix}_val.txt").is_file()
+    val = listing("val") if has_val else None
+    C = check_lists(train, [val, test] if has_val else [test], root,
+                    None if train_list else PUBLISHED[name]["classes"])
+    class_names = train.class_names
+    if class_names is None:  # the images' folders, without the first one, which is the split's
+        folder_of = {target: "/".join(path.split("/")[1:-1])
+                     for path, target in zip(train.names, train.targets.tolist())}
+        class_names = [folder_of[i] for i in range(C)]
+        if "" in class_names or len(set(class_names)) < C:
+            class_names = [str(i) for i in range(C)]
+    train, val, test = (part and _files(part.names, part.targets, root) for part in (train, val, test))
+    size = _size_shown(train.paths, data_dir) if name == "folder" else 224
+    return Dataset(name, train, val, test, class_names, *_statistics(name), size, _color_jitter(name))
+
+
+# CANDLE's small data sets: readers of what their archives hold. Each takes the root and what must be there,
+# and returns train, val (or None), test (`ImageFiles`) and the class names.
+
+def _torchvision_files(root, what, class_name, training, download=True):
+    """One of torchvision's data sets; the splits named in `training` together are the training images."""
+    def files(*splits):
+        parts = [_torchvision(class_name, root, what, split=split, download=download) for split in splits]
+        pairs = [pair for part in parts for pair in (  # StanfordCars has the pairs themselves
+            part._samples if hasattr(part, "_samples") else zip(part._image_files, part._labels))]
+        return _files(*zip(*pairs)), parts[0].classes
+
+    (train, class_names), (test, _) = files(*training), files("test")
+    return train, None, test, class_names
+
+
+def _caltech101(root, what):
     """The archive has no split: 30 random images of a class are for training, as is usual, the others for
     testing. Which ones is fixed, whatever --subset-seed says."""
     folder = root / "caltech101" / "101_ObjectCategories"
-    class_names = _class_folders(folder)
-    paths, targets = _scan(folder, {name: i for i, name in enumerate(class_names)})
-    paths, targets = np.array(paths), np.array(targets)
-    sizes = np.bincount(targets, minlength=len(class_names))
-    train = np.sort(long_tail_indices(targets, np.minimum(sizes, 30), seed=0))
-    test = np.setdiff1d(np.arange(len(targets)), train)
-    return (paths[train], targets[train]), None, (paths[test], targets[test]), class_names
+    class_names = _class_folders(folder, what)
+    files = _scan(folder, class_names)
+    sizes = np.bincount(files.targets, minlength=len(class_names))
+    training = np.sort(long_tail_indices(files.targets, np.minimum(sizes, 30), seed=0))
+    testing = np.setdiff1d(np.arange(len(files)), training)
+    return files.subset(training), None, files.subset(testing), class_names
 
 
-def _cub200(root):
-    root = root / "CUB_200_2011"
+def _cub200(root, what):
+    folder = root / "CUB_200_2011"
 
-    def column(file):
-        if not (root / file).is_file():
-            raise ValueError(f"no such file: {root / file}; unpack CUB_200_2011.tgz into {root.parent}")
-        return [line.split(maxsplit=1)[1] for line in (root / file).read_text().splitlines() if line.strip()]
+    def column(name):
+        """What stands behind the ids 1, 2, ... in a file."""
+        if not (folder / name).is_file():
+            raise ValueError(f"no such file: {folder / name} (looked for {what})")
+        rows = [line.split(maxsplit=1) for line in (folder / name).read_text().splitlines()]
+        for number, row in enumerate(rows, 1):
+            if len(row) != 2 or row[0] != str(number):
+                raise ValueError(f"{folder / name}, line {number}: must be `{number} VALUE`")
+        return [value for _, value in rows]
 
-    paths = np.array([str(root / "images" / name) for name in column("images.txt")])
-    targets = np.array(column("image_class_labels.txt"), np.int64) - 1
-    train = np.array(column("train_test_split.txt")) == "1"
-    if not len(paths) == len(targets) == len(train):
-        raise ValueError(f"images.txt, image_class_labels.txt and train_test_split.txt in {root} do not have "
-                         "the same number of lines")
-    return (paths[train], targets[train]), None, (paths[~train], targets[~train]), column("classes.txt")
-
-
-def _stanford_dogs(root):
-    root = root / "stanford_dogs"
-    splits = []
-    for file in ("train_list.mat", "test_list.mat"):
-        if not (root / file).is_file():
-            raise ValueError(f"no such file: {root / file}; unpack images.tar and lists.tar into {root}")
-        # scipy is not required, hence no import statement; load has looked whether it is there
-        content = importlib.import_module("scipy.io").loadmat(root / file, squeeze_me=True)
-        names = content["file_list"].tolist()
-        targets = content["labels"].astype(np.int64) - 1
-        splits.append(([str(root / "Images" / name) for name in names], targets))
-    class_of = dict(zip(splits[0][1].tolist(), (os.path.dirname(path) for path in splits[0][0])))
-    class_names = [os.path.basename(class_of[i]).split("-", 1)[-1] for i in sorted(class_of)]
-    return splits[0], None, splits[1], class_names
+    names, labels, is_training = map(column, ("images.txt", "image_class_labels.txt", "train_test_split.txt"))
+    if not len(names) == len(labels) == len(is_training):
+        raise ValueError(f"images.txt, image_class_labels.txt and train_test_split.txt in {folder} differ in "
+                         "their number of lines")
+    files = _files(names, np.array(labels, np.int64) - 1, folder / "images")
+    training = np.array(is_training) == "1"
+    return files.subset(training), None, files.subset(~training), column("classes.txt")
 
 
-def _stanford_cars(root):
-    what = "stanford_cars/{devkit/, cars_train/, cars_test/, cars_test_annos_withlabels.mat}"
-    parts = [_torchvision("StanfordCars", root, what, split=split, download=False)
-             for split in ("train", "test")]
-    train, test = (tuple(zip(*part._samples)) for part in parts)
-    return train, None, test, parts[0].classes
+def _stanford_dogs(root, what):
+    folder, splits = root / "stanford_dogs", []
+    for list_file in (folder / "train_list.mat", folder / "test_list.mat"):
+        if not list_file.is_file():
+            raise ValueError(f"no such file: {list_file} (looked for {what})")
+        # scipy is not required, hence no import statement; `_cut` has looked whether it is there
+        content = importlib.import_module("scipy.io").loadmat(list_file, squeeze_me=True)
+        names, targets = content["file_list"].tolist(), content["labels"].astype(np.int64) - 1
+        splits.append(_files(names, targets, folder / "Images"))
+    breed_of = dict(zip(targets.tolist(), (os.path.dirname(name) for name in names)))  # n02085620-Chihuahua
+    return splits[0], None, splits[1], [breed_of[i].split("-", 1)[-1] for i in sorted(breed_of)]
 
 
-def _fgvc_aircraft(root):
-    what = "fgvc-aircraft-2013b/ of fgvc-aircraft-2013b.tar.gz"
-    train, test = (_torchvision("FGVCAircraft", root, what, split=split) for split in ("trainval", "test"))
-    return (train._image_files, train._labels), None, (test._image_files, test._labels), train.classes
+def _fruits360(root, what):
+    folder = root / "fruits-360-original-size"
+    class_names = _class_folders(folder / "Training", what)
+    val = _scan(folder / "Validation", class_names) if (folder / "Validation").is_dir() else None
+    return _scan(folder / "Training", class_names), val, _scan(folder / "Test", class_names), class_names
 
 
-def _dtd(root):
-    what = "dtd/dtd/ of dtd-r1.0.1.tar.gz"
-    train, val, test = (_torchvision("DTD", root, what, split=split) for split in ("train", "val", "test"))
-    return (train._image_files + val._image_files, train._labels + val._labels), None, \
-        (test._image_files, test._labels), train.classes
-
-
-def _flowers102(root):
-    what = "flowers-102/{jpg/, imagelabels.mat, setid.mat}"
-    train, val, test = (_torchvision("Flowers102", root, what, split=split)
-                        for split in ("train", "val", "test"))
-    return (train._image_files + val._image_files, train._labels + val._labels), None, \
-        (test._image_files, test._labels), train.classes
-
-
-def _fruits360(root):
-    root = root / "fruits-360-original-size"
-    class_names = _class_folders(root / "Training")
-    ids = {name: i for i, name in enumerate(class_names)}
-    val = _scan(root / "Validation", ids) if (root / "Validation").is_dir() else None
-    return _scan(root / "Training", ids), val, _scan(root / "Test", ids), class_names
-
-
-# CANDLE's small data sets: reader, imbalance factor, n_max. n_max None: the second largest class's images,
-# and the classes by size instead of by id.
-CUT = {"caltech101_lt": (_caltech101, 10, 30), "cub200_lt": (_cub200, 10, 30),
-       "stanford_dogs_lt": (_stanford_dogs, 10, 100), "stanford_cars_lt": (_stanford_cars, 10, None),
-       "fgvc_aircraft_lt": (_fgvc_aircraft, 10, 6667 / 100), "dtd_lt": (_dtd, 10, 80),
-       "flowers102_lt": (_flowers102, 10, 20), "fruits360_lt": (_fruits360, 100, None)}
+# Data set -> reader, imbalance factor, n_max, and what must be in --data-dir. n_max None: the second largest
+# class's images, and the classes by size instead of by id (in the dogs' set all have 100).
+CUT = {
+    "caltech101_lt": (_caltech101, 10, 30, "caltech101/101_ObjectCategories/ of caltech-101.zip"),
+    "cub200_lt": (_cub200, 10, 30, "CUB_200_2011/ of CUB_200_2011.tgz"),
+    "stanford_dogs_lt": (_stanford_dogs, 10, 100, "stanford_dogs/ with Images/ of images.tar, and "
+                         "train_list.mat and test_list.mat of lists.tar"),
+    "stanford_cars_lt": (partial(_torchvision_files, class_name="StanfordCars", training=("train",),
+                                 download=False), 10, None, "stanford_cars/ with devkit/, cars_train/, "
+                         "cars_test/ and cars_test_annos_withlabels.mat"),
+    "fgvc_aircraft_lt": (partial(_torchvision_files, class_name="FGVCAircraft", training=("trainval",)),
+                         10, 6667 / 100, "fgvc-aircraft-2013b/ of fgvc-aircraft-2013b.tar.gz"),
+    "dtd_lt": (partial(_torchvision_files, class_name="DTD", training=("train", "val")),
+               10, 80, "dtd/dtd/ of dtd-r1.0.1.tar.gz"),
+    "flowers102_lt": (partial(_torchvision_files, class_name="Flowers102", training=("train", "val")),
+                      10, 20, "flowers-102/ with jpg/ of 102flowers.tgz, imagelabels.mat and setid.mat"),
+    "fruits360_lt": (_fruits360, 100, None,
+                     "fruits-360-original-size/ with Training/, Validation/ and Test/"),
+}
 MATLAB = ("stanford_dogs_lt", "stanford_cars_lt", "flowers102_lt")  # whose splits are MATLAB files
 
 
 def _cut(name, data_dir, imb_factor, seed):
-    reader, factor, n_max = CUT[name]
+    reader, factor, n_max, what = CUT[name]
     factor = factor if imb_factor is None else imb_factor
     if name in MATLAB and find_spec("scipy") is None:
         raise ValueError(f"{name}: its split is a MATLAB file, which needs scipy to be read: pip install "
                          "scipy, or give lists of your own (--train-list, --test-list)")
-    train, val, test, class_names = reader(Path(data_dir))
-    targets = np.asarray(train[1], np.int64)
-    if len(targets) and not 0 <= targets.min() <= targets.max() < len(class_names):
-        raise ValueError(f"{name}: labels must lie in 0..{len(class_names) - 1}, found {targets.min()}.."
-                         f"{targets.max()}")
-    for paths, _ in (train, test):
-        if len(paths) and not Path(paths[0]).parent.is_dir():
-            raise ValueError(f"no such folder: {Path(paths[0]).parent}, where {name} has its images")
-    order = None if n_max is None else range(len(class_names))
+    whole = Dataset(name, *reader(Path(data_dir), what), *_statistics(name), 224, _color_jitter(name))
+    for split in (whole.train, whole.test):
+        folder = Path(os.fsdecode(split.paths[0])).parent
+        if not folder.is_dir():
+            raise ValueError(f"no such folder: {folder} ({name} needs {what} in {data_dir})")
+    C, order = whole.num_classes, range(whole.num_classes)
     if n_max is None:
-        n_max = np.sort(np.bincount(targets, minlength=len(class_names)))[-2:][0]
-    kept = cut_to_long_tail(targets, len(class_names), factor, n_max, order, seed)
-    splits = [part and _files(*part) for part in (train, val, test)]
-    return Dataset(name, ImageFiles(splits[0].paths[kept], targets[kept]), *splits[1:], class_names,
-                   *_statistics(name), 224, _color_jitter(name))
+        n_max, order = np.sort(whole.class_counts)[-2:][0], None
+    return whole.subset(cut_to_long_tail(whole.train.targets, C, factor, n_max, order, seed))
 
 
 # ---------------------------------------------------------------- load
@@ -657,12 +647,7 @@ def balanced_subset(data, images_per_class):
             f"class {data.class_names[short[0]]} has {data.class_counts[short[0]]}"))
     kept = np.sort(np.concatenate([np.flatnonzero(targets == c)[:images_per_class]
                                    for c in range(data.num_classes)]))
-    if isinstance(data.train, Images):
-        train = Images(data.train.images[kept], targets[kept])
-    else:
-        train = ImageFiles(data.train.paths[kept], targets[kept])
-    return Dataset(data.name, train, data.val, data.test, data.class_names, data.mean, data.std,
-                   data.image_size, data.color_jitter)
+    return data.subset(kept)
 
 
 def image_side(name, data_dir="data"):
@@ -681,10 +666,10 @@ def image_side(name, data_dir="data"):
                 return int(read(member)[0][1])
         except Exception:  # zipfile, zlib and numpy each raise their own for a damaged file; `load` says so
             return None
-    if name == "folder" and (Path(data_dir) / "train").is_dir():
-        return _first_side(path for class_folder in sorted((Path(data_dir) / "train").iterdir())
-                           if class_folder.is_dir() for path in sorted(class_folder.iterdir())
-                           if path.suffix.lower() in IMAGE_ENDINGS)
+    if name == "folder":
+        root = Path(data_dir, "train") if Path(data_dir, "train").is_dir() else data_dir  # or own list files
+        return _first_side(os.path.join(folder, file) for folder, _, files in os.walk(root)
+                           for file in sorted(files) if file.lower().endswith(IMAGE_ENDINGS))
     return None
 
 
@@ -739,48 +724,43 @@ def _look_at(paths, fast):
         elif not fast:
             try:
                 image = read_image(path)
+                histograms += np.reshape(image.histogram(), (3, 256)) / (image.width * image.height)
             except ValueError as reason:
                 wrong.append(f"cannot decode {reason}")
-            else:
-                histograms += np.reshape(image.histogram(), (3, 256)) / (image.width * image.height)
     return wrong, histograms
 
 
 def check(data, published=None, fast=False, workers=1):
-    """Look at every file of a data set and compare its numbers with the published ones; print what it has.
+    """Look at every file of a data set, compare its numbers with the published ones, and print what it has.
 
     published: a row of `PUBLISHED` or None. fast: do not decode the files. workers: threads that decode
     (PIL's codecs run side by side). Returns a list of what is wrong, a line each.
     """
     found, wrong = facts(data), []
+    print("{name}: {classes} classes, {train} training images ({largest}..{smallest} a class), {val} val, "
+          "{test} test; {groups[0]} many, {groups[1]} medium, {groups[2]} few"
+          .format(name=data.name, **found), flush=True)
     for key, value in (published or {}).items():
-        if found[key] != value and not (key == "val" and not found["val"]):  # val lists may be left at home
+        if found[key] != value and not (key == "val" and not found["val"]):  # nobody needs the val list
             wrong.append(f"{key}: {found[key]}, published: {value}" if key != "counts" else
                          "the images per class are not the published ones, class by class")
-    print(f"{data.name}: {found['classes']} classes, {found['train']} images to train on "
-          f"({found['largest']}..{found['smallest']} a class), {found['val']} val, {found['test']} test; "
-          "{} many, {} medium, {} few".format(*found["groups"]), flush=True)
-    histograms = None
+    histograms = np.zeros((3, 256))
     for part in ("train", "val", "test"):
         split = getattr(data, part)
         if not isinstance(split, ImageFiles):
             continue
-        values, first = np.unique(split.paths, return_index=True)
-        again = np.setdiff1d(np.arange(len(split)), first)
-        wrong += [f"{part} has this file twice: {os.fsdecode(split.paths[i])}" for i in again]
-        chunks = [values[i:i + 64] for i in range(0, len(values), 64)]
-        with ThreadPoolExecutor(max(workers, 1)) as pool, tqdm(total=len(values), desc=part, unit="file",
-                                                               disable=None) as bar:
+        paths, times = np.unique(split.paths, return_counts=True)
+        wrong += [f"{part}: {os.fsdecode(path)} is there twice" for path in paths[times > 1]]
+        chunks = [paths[i:i + 64] for i in range(0, len(paths), 64)]
+        with ThreadPoolExecutor(max(workers, 1)) as pool, \
+                tqdm(total=len(paths), desc=part, unit="file", disable=None) as bar:
             for chunk, (bad, some) in zip(chunks, pool.map(lambda chunk: _look_at(chunk, fast), chunks)):
                 wrong += [f"{part}: {line}" for line in bad]
-                if part == "train":
-                    histograms = some if histograms is None else histograms + some
+                histograms += some if part == "train" else 0
                 bar.update(len(chunk))
-    if isinstance(data.train, Images):
-        moments = _channel_statistics(data.train.images)
-    else:
-        moments = _moments(histograms) if histograms.any() else None
-    if moments:
+    decoded = isinstance(data.train, Images)
+    if decoded or histograms.any():
+        moments = _channel_statistics(data.train.images) if decoded else _moments(histograms)
         shown = [" ".join(f"{value:.3f}" for value in values) for values in (*moments, data.mean, data.std)]
         print("mean {} and standard deviation {} of the training images; the nets see them minus {}, over {}"
               .format(*shown))
