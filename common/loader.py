@@ -324,9 +324,15 @@ def mix_seed(*numbers):
 
 # ---------------------------------------------------------------- streamed
 
+def _pixels(image):
+    """A PIL image as uint8 [H, W, 3]."""
+    return torch.from_numpy(np.array(image))
+
+
 def _file_transform(augmentation, image_size, mean, std, noise, color_jitter):
     """torchvision v2 transforms of an image file: up to 64 pixels crop and flip, above 64 random resized
-    crops. They end in uint8, a quarter of the bytes to send, where neither noise nor erasing needs floats."""
+    crops. They end in uint8 [H, W, 3], a quarter of the bytes to send, where neither noise nor erasing needs
+    normalised floats [3, H, W]."""
     from torchvision.transforms import v2
     flip = v2.RandomHorizontalFlip()
     if augmentation == "none":
@@ -345,17 +351,17 @@ def _file_transform(augmentation, image_size, mean, std, noise, color_jitter):
         steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter, 0))
     if augmentation == "augmented":
         steps += [v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8), v2.RandomGrayscale(0.2)]
-    steps.append(v2.PILToTensor())
-    if augmentation in ("augmented", "strong"):
-        steps.append(v2.ToDtype(torch.float32, scale=True))
-        steps += [v2.GaussianNoise(0.0, noise)] if augmentation == "augmented" else []
-        steps.append(v2.Normalize(mean, std))
-        steps += [v2.RandomErasing(ERASING, value="random")] if augmentation == "strong" else []
-    return v2.Compose(steps)
+    if augmentation not in ("augmented", "strong"):
+        return v2.Compose([*steps, _pixels])
+    noise = [v2.GaussianNoise(0.0, noise)] if augmentation == "augmented" else []
+    erasing = [v2.RandomErasing(ERASING, value="random")] if augmentation == "strong" else []
+    return v2.Compose([*steps, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), *noise,
+                       v2.Normalize(mean, std), *erasing])
 
 
 class _Files(torch.utils.data.Dataset):
-    """Item (index, epoch, position) -> (image [3, H, W], target, "" or why the file cannot be decoded)."""
+    """Item (index, epoch, position) -> (image, target, "" or why the file cannot be decoded), the image being
+    `blank` where it cannot."""
 
     def __init__(self, split, transform, blank, seed):
         self.split, self.transform, self.blank, self.seed = split, transform, blank, seed
@@ -368,7 +374,7 @@ class _Files(torch.utils.data.Dataset):
         except ValueError as reason:
             return self.blank, target, str(reason)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix_seed(self.seed, epoch, position))
+            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, position))
             return self.transform(image), target, ""
 
 
@@ -400,7 +406,8 @@ class StreamedLoader:
                  noise, image_size, workers, skip_bad, color_jitter):
         transform = _file_transform(augmentation, image_size, mean, std, noise, color_jitter)
         floats = augmentation in ("augmented", "strong")
-        blank = torch.zeros(3, image_size, image_size, dtype=torch.float32 if floats else torch.uint8)
+        blank = torch.zeros(3, image_size, image_size) if floats else \
+            torch.zeros(image_size, image_size, 3, dtype=torch.uint8)
         self.sampler, self.device, self.skip_bad = _EpochChunks(), device, skip_bad
         self.bad_images, self.bad_indices = set(), set()
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
@@ -413,6 +420,7 @@ class StreamedLoader:
             # A forked worker sees the parent's list of paths; another kind would get a copy of it
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             persistent_workers=workers > 0 and augmentation != "none",  # evaluation is rare: its workers go
+            generator=torch.Generator(),  # or every epoch would take a number from the global one
             pin_memory=device.type == "cuda")
 
     def batches(self, indices, epoch=0, first_step=0):
@@ -438,7 +446,7 @@ class StreamedLoader:
                 readable = readable or [0]  # a batch of bad images alone: a black one that counts nothing, so
                 images, targets = images[readable], targets[readable]  # that the ranks stay in step
             if images.dtype == torch.uint8:
-                images = normalise(images.permute(0, 2, 3, 1), self.mean, self.std)
+                images = normalise(images, self.mean, self.std)
             yield Batch(images.contiguous(memory_format=torch.channels_last), targets, share, ends_step)
 
 
