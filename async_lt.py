@@ -89,6 +89,8 @@ def parse_args(argv=None):
     add("--dataset", default="fashion_lt", help="name, or FILE.npz, or folder (with --data-dir)")
     add("--recipe", help="settings of another data set; wins over the data set's own")
     add("--data-dir", default="data", help="where data sets are, or are downloaded to")
+    add("--train-list", metavar="FILE", help="lines `path label` of your own, paths relative to --data-dir")
+    add("--test-list", metavar="FILE", help="likewise, for the images that are tested on")
     add("--imb-factor", type=float, help="largest class / smallest class, at least 1")
     add("--subset-seed", type=int, default=0, help="which images are kept; 0 as in LDAM-DRW")
     add("--evaluate-on", choices=["test", "val"], default="test", help="split that is scored")
@@ -282,8 +284,7 @@ def load_model(path, arch=None, num_classes=None):
 # ---------------------------------------------------------------- schedule
 
 def step_lr(progress, lr, milestones, gamma):
-    """lr times gamma for every milestone that the progress, a fraction of the epochs in [0, 1), has
-    reached."""
+    """lr times gamma for every milestone reached. progress: a fraction of the epochs, in [0, 1)."""
     return lr * gamma ** sum(progress >= milestone for milestone in milestones)
 
 
@@ -434,7 +435,8 @@ def main(args):
         runtime.check_flags(args, device)
         check_args(args)
         with runtime.first_rank_first():
-            data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed)
+            data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed, args.train_list,
+                        args.test_list)
         split = getattr(data, args.evaluate_on)
         if split is None:
             raise ValueError(f"{data.name} has no validation images; leave out --evaluate-on val")
@@ -493,8 +495,7 @@ def run_stages(args, data, loaders, order, num_old, trained, run, device):
         return model
 
     def progressive(classes):
-        """The sampler of the images of `classes` (ids): progressive from instance to class (section
-        3.2.1)."""
+        """The sampler of the images of `classes`: progressive from instance to class (section 3.2.1)."""
         images = torch.isin(targets, classes).nonzero().flatten()
 
         def sample(epoch, generator):

@@ -92,6 +92,8 @@ def parse_args(argv=None):
     add("--dataset", default="fashion_lt", help="name, or FILE.npz, or folder (with --data-dir)")
     add("--recipe", help="settings of another data set; wins over the data set's own")
     add("--data-dir", default="data", help="where data sets are, or are downloaded to")
+    add("--train-list", metavar="FILE", help="lines `path label` of your own, paths relative to --data-dir")
+    add("--test-list", metavar="FILE", help="likewise, for the images that are tested on")
     add("--imb-factor", type=float, help="largest class / smallest class, at least 1")
     add("--images-per-class", type=int, metavar="N", help="train on the first N of each class (ImageNet-BAL)")
     add("--subset-seed", type=int, default=0, help="which images are kept; 0 as in LDAM-DRW")
@@ -441,7 +443,8 @@ def main(args):
         sizes = net_sizes(args)
         check_args(args, sizes)
         with runtime.first_rank_first():
-            data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed)
+            data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed, args.train_list,
+                        args.test_list)
         if args.images_per_class is not None:
             data = balanced_subset(data, args.images_per_class)
         if data.image_size != args.image_size:

@@ -10,16 +10,18 @@ number of ranks, the number of workers, or a resumed run.
 """
 import math
 import os
+import sys
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from common.data import Images
+from common.data import Images, read_image
 
 AUGMENTATIONS = ("none", "standard", "augmented", "resized", "strong")
 CROP_PADDING = 4  # black pixels on each side before the random crop of small images
 RAND_AUGMENT, ERASING = (2, 9), 0.25  # operations and their strength of 0..30; probability
+CHUNK, CHUNKS_AHEAD = 16, 32  # image files that a worker process sends at once, and how many of these wait
 UNIFORMS = {"resized": 23, "strong": 46}  # random numbers that an augmentation takes for an image (others: 9)
 
 
@@ -322,9 +324,15 @@ def mix_seed(*numbers):
 
 # ---------------------------------------------------------------- streamed
 
-def _file_transform(augmentation, image_size, mean, std, noise):
+def _pixels(image):
+    """A PIL image as uint8 [H, W, 3]."""
+    return torch.from_numpy(np.array(image))
+
+
+def _file_transform(augmentation, image_size, mean, std, noise, color_jitter):
     """torchvision v2 transforms of an image file: up to 64 pixels crop and flip, above 64 random resized
-    crops."""
+    crops. They end in uint8 [H, W, 3], a quarter of the bytes to send, where neither noise nor erasing needs
+    normalised floats [3, H, W]."""
     from torchvision.transforms import v2
     flip = v2.RandomHorizontalFlip()
     if augmentation == "none":
@@ -339,48 +347,51 @@ def _file_transform(augmentation, image_size, mean, std, noise):
         steps = [v2.RandomResizedCrop(image_size, scale, interpolation=v2.InterpolationMode.BICUBIC), flip]
     if augmentation == "strong":
         steps.append(v2.RandAugment(*RAND_AUGMENT))
+    if augmentation == "standard" and color_jitter:
+        steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter, 0))
     if augmentation == "augmented":
         steps += [v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8), v2.RandomGrayscale(0.2)]
-    steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
-    if augmentation == "augmented":
-        steps.append(v2.GaussianNoise(0.0, noise))
+    if augmentation not in ("augmented", "strong"):
+        return v2.Compose([*steps, _pixels])
+    noise = [v2.GaussianNoise(0.0, noise)] if augmentation == "augmented" else []
     erasing = [v2.RandomErasing(ERASING, value="random")] if augmentation == "strong" else []
-    return v2.Compose([*steps, v2.Normalize(mean, std), *erasing])
+    return v2.Compose([*steps, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), *noise,
+                       v2.Normalize(mean, std), *erasing])
 
 
 class _Files(torch.utils.data.Dataset):
-    """Item (index, epoch, position) -> (image [3, H, W], target, "" or why the file cannot be decoded)."""
+    """Item (index, epoch, position) -> (image, target, "" or why the file cannot be decoded), the image being
+    `blank` where it cannot."""
 
-    def __init__(self, split, transform, image_size, seed):
-        self.split, self.transform, self.size, self.seed = split, transform, image_size, seed
+    def __init__(self, split, transform, blank, seed):
+        self.split, self.transform, self.blank, self.seed = split, transform, blank, seed
 
     def __getitem__(self, item):
-        from PIL import Image
         index, epoch, position = item
-        path = os.fsdecode(bytes(self.split.paths[index]))
         target = int(self.split.targets[index])
         try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as reason:  # what PIL raises for damaged files
-            return torch.zeros(3, self.size, self.size), target, f"{path}: {reason}"
+            image = read_image(os.fsdecode(bytes(self.split.paths[index])))
+        except ValueError as reason:
+            return self.blank, target, str(reason)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix_seed(self.seed, epoch, position))
+            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, position))
             return self.transform(image), target, ""
 
 
-class _EpochBatches:
-    """A batch sampler that is told its batches before every epoch, so that worker processes live on."""
+class _EpochChunks:
+    """A batch sampler that is told its batches before every epoch, so that worker processes live on. It cuts
+    them into chunks, so that all workers make the first batch together instead of one batch each."""
 
     def __init__(self):
         self.indices, self.epoch, self.parts = [], 0, []
 
     def __iter__(self):
         for positions, _, _ in self.parts:
-            yield [(int(self.indices[p]), self.epoch, p) for p in positions]
+            for start in range(0, len(positions), CHUNK):
+                yield [(int(self.indices[p]), self.epoch, p) for p in positions[start:start + CHUNK]]
 
     def __len__(self):
-        return len(self.parts)
+        return sum(math.ceil(len(positions) / CHUNK) for positions, _, _ in self.parts)
 
 
 class StreamedLoader:
@@ -392,15 +403,24 @@ class StreamedLoader:
     """
 
     def __init__(self, split, mean, std, batch_size, device, augmentation, seed, rank, ranks, accumulation,
-                 noise, image_size, workers, skip_bad):
-        transform = _file_transform(augmentation, image_size, mean, std, noise)
-        self.sampler, self.device, self.skip_bad = _EpochBatches(), device, skip_bad
+                 noise, image_size, workers, skip_bad, color_jitter):
+        transform = _file_transform(augmentation, image_size, mean, std, noise, color_jitter)
+        floats = augmentation in ("augmented", "strong")
+        blank = torch.zeros(3, image_size, image_size) if floats else \
+            torch.zeros(image_size, image_size, 3, dtype=torch.uint8)
+        self.sampler, self.device, self.skip_bad = _EpochChunks(), device, skip_bad
         self.bad_images, self.bad_indices = set(), set()
+        self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.batch_size, self.rank, self.ranks, self.accumulation = batch_size, rank, ranks, accumulation
         self.num_images = len(split)
+        ahead = min(2 * batch_size // (ranks * accumulation * CHUNK), CHUNKS_AHEAD)  # of all workers together
         self.loader = torch.utils.data.DataLoader(
-            _Files(split, transform, image_size, seed), batch_sampler=self.sampler, num_workers=workers,
+            _Files(split, transform, blank, seed), batch_sampler=self.sampler, num_workers=workers,
+            prefetch_factor=max(2, ahead // workers) if workers else None,
+            # A forked worker sees the parent's list of paths; another kind would get a copy of it
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             persistent_workers=workers > 0 and augmentation != "none",  # evaluation is rare: its workers go
+            generator=torch.Generator(),  # or every epoch would take a number from the global one
             pin_memory=device.type == "cuda")
 
     def batches(self, indices, epoch=0, first_step=0):
@@ -409,7 +429,12 @@ class StreamedLoader:
         parts = list(split_batches(len(indices), self.batch_size, self.rank, self.ranks, self.accumulation,
                                    first_step))
         self.sampler.indices, self.sampler.epoch, self.sampler.parts = np.asarray(indices), epoch, parts
-        for (positions, share, ends_step), (images, targets, reasons) in zip(parts, self.loader):
+        chunks = iter(self.loader)
+        for positions, share, ends_step in parts:
+            pieces = [next(chunks) for _ in range(0, len(positions), CHUNK)]
+            images, targets = (torch.cat([piece[i].to(self.device, non_blocking=True) for piece in pieces])
+                               for i in range(2))
+            reasons = [reason for piece in pieces for reason in piece[2]]
             readable = [i for i, reason in enumerate(reasons) if not reason]
             if len(readable) < len(reasons):
                 bad = [reason for reason in reasons if reason]
@@ -420,8 +445,9 @@ class StreamedLoader:
                 share *= len(readable) / len(reasons)
                 readable = readable or [0]  # a batch of bad images alone: a black one that counts nothing, so
                 images, targets = images[readable], targets[readable]  # that the ranks stay in step
-            images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-            yield Batch(images, targets.to(self.device, non_blocking=True), share, ends_step)
+            if images.dtype == torch.uint8:
+                images = normalise(images, self.mean, self.std)
+            yield Batch(images.contiguous(memory_format=torch.channels_last), targets, share, ends_step)
 
 
 def make_loader(split, data, batch_size, device, augmentation="none", seed=0, rank=0, ranks=1, accumulation=1,
@@ -438,4 +464,4 @@ def make_loader(split, data, batch_size, device, augmentation="none", seed=0, ra
               accumulation, noise)
     if isinstance(split, Images):
         return ResidentLoader(*common, data.image_size)
-    return StreamedLoader(*common, data.image_size, workers, skip_bad)
+    return StreamedLoader(*common, data.image_size, workers, skip_bad, data.color_jitter)

@@ -1,13 +1,18 @@
 """The room common/loader.py: who gets which positions, augmentation, resident and streamed batches."""
 import math
+import os
+import pickle
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from common.data import Dataset, Images, load
-from common.loader import (AUGMENTATIONS, UnreadableImage, color_jitter_gray, make_loader, mix_seed,
+from common.data import Dataset, ImageFiles, Images, load
+from common.loader import (AUGMENTATIONS, CHUNK, UnreadableImage, color_jitter_gray, make_loader, mix_seed,
                            mixup_cutmix, rand_augment, random_box, random_erasing,
                            random_resized_crop_flip, split_batches)
 
@@ -425,6 +430,111 @@ def test_skip_bad_reports_the_same_file_once_in_many_epochs(tmp_path):
     for epoch in range(2):
         assert sum(len(batch.targets) for batch in loader.batches(range(6), epoch)) == 5
     assert len(loader.bad_images) == 1
+
+
+def test_a_jittered_set_varies_in_brightness_contrast_and_saturation_but_not_in_hue(tmp_path):
+    # A crop of one colour stays one colour, which torchvision's jitter of (.4, .4, .4, 0) moves as a whole
+    colour = np.array([120, 100, 80], np.uint8)
+    data = write_folder(tmp_path, np.zeros((2, 80, 80, 3), np.uint8) + colour)
+
+    def images(augmentation, n):
+        batch, = loader_of(data, n, augmentation, seed=3).batches([0] * n)
+        return batch.images
+
+    def colours(augmentation, n=64):
+        pixels = to_pixels(images(augmentation, n), data.mean, data.std).astype(int)
+        assert (pixels == pixels[:, :1, :1]).all()
+        return pixels[:, 0, 0]
+
+    unjittered = {augmentation: images(augmentation, 4) for augmentation in ("resized", "strong")}
+    assert (colours("standard") == colour).all()
+    data.color_jitter = 0.4
+    found = colours("standard")
+    grey, luma = found @ [0.299, 0.587, 0.114], colour @ [0.299, 0.587, 0.114]
+    brightness = grey / luma
+    assert 0.58 < brightness.min() < 0.7 and 1.3 < brightness.max() < 1.42
+    spread = (found[:, 0] - found[:, 2]) / brightness / 40  # saturation times, in a flat image, contrast
+    assert 0.33 < spread.min() < 0.6 and 1.4 < spread.max() < 2.05
+    assert (abs(found @ [1, -2, 1]) <= 5).all()  # green midway between red and blue: the hue
+    assert (colours("none", 1) == colour).all()
+    for augmentation, expected in unjittered.items():  # the transformers' recipes have no jitter
+        assert torch.equal(images(augmentation, 4), expected)
+
+
+@pytest.mark.parametrize("batch_size, accumulation", [(2 * CHUNK + 3, 1), (3 * CHUNK, 2)])
+def test_batches_are_whole_however_workers_cut_them_into_chunks(tmp_path, batch_size, accumulation):
+    data = write_folder(tmp_path, random_images(9, side=16))
+    indices = np.random.RandomState(0).randint(0, 9, 5 * CHUNK + 1)
+    kw = dict(augmentation="standard", seed=4, accumulation=accumulation)
+    with_workers, alone = (loader_of(data, batch_size, workers=workers, **kw) for workers in (2, 0))
+    targets = []
+    for batch, expected in zip(with_workers.batches(indices), alone.batches(indices), strict=True):
+        assert torch.equal(batch.images, expected.images) and len(batch.targets) == len(batch.images)
+        targets += batch.targets.tolist()
+    assert targets == data.train.targets[indices].tolist()
+
+
+def test_workers_get_flat_arrays_and_no_list_of_paths(tmp_path):
+    n = 20000
+    paths = np.array([f"/data/train/a class/image number {i:07d}.jpg".encode() for i in range(n)])
+    split = ImageFiles(paths, np.arange(n) % 3)
+    data = SimpleNamespace(mean=MEAN, std=STD, image_size=224, color_jitter=0.4)
+    loader = make_loader(split, data, 256, "cpu", "standard", workers=2)
+    flat = paths.nbytes + split.targets.nbytes
+    # what a spawned worker would get; a forked one shares it, as no object in it is counted by reference
+    assert flat <= len(pickle.dumps(loader.loader.dataset)) < flat + 224 * 224 * 3 + 20000
+    assert paths.dtype.kind == "S" and loader.loader.dataset.split.paths is paths
+    # an epoch's index list reaches them chunk by chunk
+    loader.sampler.indices, loader.sampler.parts = np.arange(n), list(split_batches(n, 256))
+    assert len(pickle.dumps(loader.sampler.parts)) < 20000
+    assert max(len(pickle.dumps(chunk)) for chunk in loader.sampler) < 1000
+    assert sum(map(len, loader.sampler)) == n and len(loader.sampler) == math.ceil(n / 256) * 16 - 14
+
+
+def test_workers_send_bytes_not_floats(tmp_path):
+    data = write_folder(tmp_path, random_images(4, side=70))
+    for augmentation in AUGMENTATIONS:
+        loader = loader_of(data, 4, augmentation)
+        image, _, _ = loader.loader.dataset[0, 0, 0]
+        sent = (torch.float32, (3, 224, 224)) if augmentation in ("augmented", "strong") else \
+            (torch.uint8, (224, 224, 3))
+        blank = loader.loader.dataset.blank
+        assert (image.dtype, image.shape) == sent == (blank.dtype, blank.shape)
+
+
+def test_no_random_number_of_the_process_is_taken(tmp_path):
+    data = write_folder(tmp_path, random_images(4, side=70))
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    for augmentation in AUGMENTATIONS:
+        torch.manual_seed(0)
+        list(loader_of(data, 4, augmentation).batches(range(4)))
+        assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_next_epoch_s_first_batch_comes_within_a_second(tmp_path):
+    data = write_folder(tmp_path, random_images(32, side=256), "jpg")
+    loader = loader_of(data, 32, "standard", workers=1)
+    processes = set()
+    for epoch in range(3):
+        for batch in loader.batches(range(32), epoch):
+            if epoch:
+                assert time.monotonic() - last < 1
+            last = time.monotonic()
+        processes |= {worker.pid for worker in loader.loader._iterator._workers}
+    assert len(processes) == 1  # it lives on
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_of_bad_images_alone_counts_nothing(tmp_path, workers):
+    data = write_folder(tmp_path, random_images(6, side=40), "jpg")
+    for path in data.train.paths[:3]:
+        Path(os.fsdecode(path)).write_bytes(b"junk")
+    loader = loader_of(data, 3, "strong", skip_bad=True, workers=workers)
+    bad, good = loader.batches(range(6))
+    assert bad.share == 0 and bad.images.shape == (1, 3, 40, 40) and bad.images.isfinite().all()
+    assert bad.ends_step and good.share == pytest.approx(1)
+    assert loader.bad_indices == {0, 1, 2} and len(loader.bad_images) == 3
 
 
 # ---------------------------------------------------------------- resized crops, RandAugment, erasing, mixing
