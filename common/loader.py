@@ -10,6 +10,7 @@ number of ranks, the number of workers, or a resumed run.
 """
 import math
 import os
+import signal
 import sys
 from typing import NamedTuple
 
@@ -378,6 +379,11 @@ class _Files(torch.utils.data.Dataset):
             return self.transform(image), target, ""
 
 
+def _leave_signals_to_the_parent(worker):
+    for number in (signal.SIGINT, signal.SIGTERM):  # they come to the whole process group
+        signal.signal(number, signal.SIG_IGN)
+
+
 class _EpochChunks:
     """A batch sampler that is told its batches before every epoch, so that worker processes live on. It cuts
     them into chunks, so that all workers make the first batch together instead of one batch each."""
@@ -416,6 +422,7 @@ class StreamedLoader:
         ahead = min(2 * batch_size // (ranks * accumulation * CHUNK), CHUNKS_AHEAD)  # of all workers together
         self.loader = torch.utils.data.DataLoader(
             _Files(split, transform, blank, seed), batch_sampler=self.sampler, num_workers=workers,
+            worker_init_fn=_leave_signals_to_the_parent,
             prefetch_factor=max(2, ahead // workers) if workers else None,
             # A forked worker sees the parent's list of paths; another kind would get a copy of it
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,

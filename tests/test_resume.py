@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from common import runtime
 
@@ -94,6 +95,26 @@ def test_a_signal_ends_the_step_in_flight_writes_a_checkpoint_and_says_how_to_go
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]
     logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()[1:]]
     assert saved["epoch"] == logged[-1]["epoch"] and len(saved["losses"]) == saved["step"]
+
+
+def test_a_signal_to_the_whole_group_leaves_the_workers_alive_until_the_checkpoint_is_written(tmp_path):
+    generator = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in "abc":
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for i in range(8):
+                Image.fromarray(generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(
+                    folder / f"{i}.png")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "cbd.py"), "--dataset", "folder", "--data-dir", "images", "--workers", "2",
+         "--arch", "resnet14", "--epochs", "1000", "--batch-size", "8", "--device", "cpu", "--out", "run"],
+        cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True)
+    wait_for((tmp_path / "run" / "last.pt").exists)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "stopped by SIGTERM" in out and "Traceback" not in err, err
 
 
 def test_a_second_signal_ends_the_process_at_once():
