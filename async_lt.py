@@ -392,14 +392,15 @@ def extract_features(model, loader, indices, amp):
     """Features [n, D] of training images, not augmented, their targets [n] and indices [n], without what
     --skip-bad-images leaves out; on the CPU. Each rank computes every ranks-th; all get all, by index."""
     model.eval()
-    mine, features, targets = indices[runtime.rank()::runtime.ranks()], [], []
+    mine = indices[runtime.rank()::runtime.ranks()]
+    none = torch.zeros(0, model.backbone.feature_dim, device=loader.device)
+    rows = [(none, none[:, 0].long())]  # a rank may have no image, or none that can be read
     for images, labels, share, _ in loader.batches(mine):
         if share > 0:
             with runtime.autocast(loader.device, amp)():
-                features.append(model.backbone(images).float())
-            targets.append(labels)
-    read = torch.tensor([i for i in mine.tolist() if i not in loader.bad_indices], device=loader.device)
-    parts = [runtime.gather_ranks(part).cpu() for part in (torch.cat(features), torch.cat(targets), read)]
+                rows.append((model.backbone(images).float(), labels))
+    read = mine[[i not in loader.bad_indices for i in mine.tolist()]].to(loader.device)
+    parts = [runtime.gather_ranks(part).cpu() for part in (*map(torch.cat, zip(*rows)), read)]
     return [part[parts[2].argsort()] for part in parts]
 
 
@@ -483,9 +484,8 @@ def run_stages(args, data, loaders, order, num_old, trained, run, device):
                                               data, loaders, args, run, device)}
             save_model(run.folder / file, model, args, data)
             run.save(done=done)
-        untrained = {"best_all": None, "seconds": None, "images_per_second": None}
-        result = assess(model, loaders[1], data, args.amp)
-        stages.append({"name": name, **result, **done.get(name, untrained)})
+        unknown = {"best_all": None, "seconds": None, "images_per_second": None}
+        stages.append({"name": name, **assess(model, loaders[1], data, args.amp), **done.get(name, unknown)})
         return model.eval()
 
     def new_model(name, known):
