@@ -602,3 +602,92 @@ def test_grey_palette_and_cmyk_files_are_read_as_rgb(tmp_path):
     assert read_image(tmp_path / "p.png").mode == "RGB"
     with pytest.raises(ValueError, match="nothing.jpg"):
         read_image(tmp_path / "nothing.jpg")
+
+
+# ---------------------------------------------------------------- scripts on such a tree
+
+SCRIPTS = {"cbd": ["--arch", "resnet10", "--teachers", "1"],
+           # without the losses that look at all of a rank's part of a batch
+           "async_lt": ["--arch", "resnet10", "--phase-one-classes", "2", "--memory-per-class", "3",
+                        "--phase-two-epochs", "1", "--no-retentive", "--no-margin", "--no-plain"],
+           # without what each rank draws for itself
+           "livt": ["--width", "16", "--depth", "2", "--heads", "2", "--patch-size", "56", "--from-scratch",
+                    "--augment", "plain", "--drop-path", "0", "--loss", "balanced-bce"]}
+RUNNER = """
+import importlib, json, sys
+sys.path[:0] = {paths!r}
+import torch
+from run_without_batch_norm import affine_only
+torch.nn.BatchNorm2d.forward = affine_only
+for method, flags in json.loads(sys.argv[1]).items():
+    script = importlib.import_module(method)
+    script.main(script.parse_args(flags))
+"""
+
+
+@pytest.fixture(scope="module")
+def fruits(tmp_path_factory):
+    """A tree of 3, 2 and 2 training images at imbalance factor 1.5, grey, CMYK and RGB; one is cut in half,
+    so that with async_lt's phase two of one class the second of two ranks has no image for the features."""
+    root = tmp_path_factory.mktemp("fruits of mine")
+    folder = write_fruits(root, (4, 3, 2), test=1)
+    halve(folder / "Training" / "fruit 2" / "r 1.jpg")
+    return root
+
+
+def flags_of(method, root, out, *flags):
+    return [*SCRIPTS[method], "--dataset", "fruits360_lt", "--data-dir", str(root), "--imb-factor", "1.5",
+            "--epochs", "1", "--batch-size", "4", "--lr", "0.003", "--no-amp", "--device", "cpu",
+            "--evaluate-every", "1", "--out", str(out), *flags]
+
+
+def test_scripts_give_one_and_two_processes_the_same_numbers(fruits, tmp_path, monkeypatch):
+    from run_without_batch_norm import affine_only
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.BatchNorm2d, "forward", affine_only)
+        for method in SCRIPTS:
+            script = __import__(method)
+            script.main(script.parse_args(flags_of(method, fruits, tmp_path / f"{method} 1", "--workers", "0",
+                                                   "--skip-bad-images")))
+    runner = tmp_path / "runner.py"
+    runner.write_text(RUNNER.format(paths=[str(ROOT), str(ROOT / "tests")]))
+    commands = {method: flags_of(method, fruits, tmp_path / f"{method} 2", "--workers", "1",
+                                 "--skip-bad-images") for method in SCRIPTS}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                           "2", str(runner), json.dumps(commands)], text=True, capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert f"left out by --skip-bad-images: {fruits}" in done.stderr + done.stdout
+    for method in SCRIPTS:
+        one, two = (json.loads((tmp_path / f"{method} {n}" / "result.json").read_text()) for n in (1, 2))
+        assert one["class_counts"] == two["class_counts"] == [3, 2, 2]
+        assert [stage["per_class_accuracy"] for stage in one["stages"]] == \
+            [stage["per_class_accuracy"] for stage in two["stages"]]
+        logs = [[json.loads(line) for line in (tmp_path / f"{method} {n}" / "log.jsonl").read_text()
+                 .splitlines()[1:]] for n in (1, 2)]
+        for line, line2 in zip(*logs, strict=True):
+            assert line["stage"] == line2["stage"] and line["loss"] == pytest.approx(line2["loss"], abs=1e-4)
+
+
+def error_of(capsys, method, flags):
+    """The one line that a script ends with, its exit code being 2."""
+    script = __import__(method)
+    with pytest.raises(SystemExit) as caught:
+        script.main(script.parse_args(flags))
+    assert caught.value.code == 2
+    line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+@pytest.mark.parametrize("method", SCRIPTS)
+def test_scripts_end_with_2_and_one_line_on_bad_lists(tmp_path, capsys, method):
+    lists = own_lists(tmp_path, TRAIN, [*TEST, ("c/8.jpg", 7)])
+    flags = [*SCRIPTS[method], "--dataset", "imagenet_lt", "--data-dir", str(tmp_path), "--train-list",
+             lists[0], "--test-list"]
+    assert "mine test.txt, line 3: label 7 is out of range" in error_of(capsys, method, [*flags, lists[1]])
+    assert "no such list file: nothing.txt" in error_of(capsys, method, [*flags, "nothing.txt"])
+
+
+def test_a_bad_image_ends_a_run_with_its_path(fruits, tmp_path, capsys):
+    flags = flags_of("livt", fruits, tmp_path / "out", "--workers", "1")
+    assert f"cannot decode {fruits}" in (error := error_of(capsys, "livt", flags)) and "r 1.jpg: " in error
