@@ -487,6 +487,21 @@ def test_published_numbers_of_the_fixed_lists_agree_with_one_another():
             assert per_class[0] is None or row["val"] == per_class[0] * row["classes"]
 
 
+def test_the_readme_s_table_has_the_published_numbers():
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (ROOT / "README.md").read_text()
+            .split("## Data sets")[1].split("\n\nThe numbers")[0].splitlines() if line.startswith("| `")]
+    found = {re.match("`(.*?)`", row[0])[1]: row[3:] for row in rows}
+    assert set(found) == {*PUBLISHED, "FILE.npz", "folder"} == {*rooms.BUILDERS, "FILE.npz"}
+    for name, published in PUBLISHED.items():
+        classes, images, groups = found[name]
+        assert int(classes.replace(",", "")) == published["classes"]
+        sizes = [f"{published[part]:,}" if part in published else "-" if part == "val" else "not published"
+                 for part in ("train", "val", "test")]
+        assert images == (", ".join(sizes) if "test" in published else "not published")
+        assert groups == ", ".join(map(str, published.get("groups", ["not published"])))
+    assert all((name in MATLAB) == row[0].endswith("(scipy)") for name, row in zip(found, rows))
+
+
 def test_the_embedded_set_has_its_published_numbers(capsys):
     assert main(["fashion_lt"]) == 0
     shown = capsys.readouterr().out
