@@ -44,49 +44,49 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call
 from tqdm import tqdm
 
 from common import runtime
 from common.data import ASSETS, image_side, load
-from common.evaluate import Diverged, classifier_weight_norms, head_median_tail, predict, scores, table
+from common.evaluate import Diverged, classifier_by_frequency, head_median_tail, predict, scores, table
 from common.loader import UnreadableImage, make_loader, resize, split_batches
 from common.reactnet import ReActNet18, ReActNetA, pack, unpack
-from common.resnet import CosineClassifier, build_encoder
+from common.resnet import CosineClassifier, build_encoder, imagenet_weights
 
 # ---------------------------------------------------------------- recipes
 
 RECIPES = {name: {  # appendix A.5: epochs, batch size, lr, Adam, weight decay, resolutions; calibration: ours
     "arch": "reactnet_a", "student_width": 1.0, "student_resolution": 224, "teacher": "resnet152",
-    "resolutions": [128, 224, 480], "epochs": 400, "batch_size": 256, "lr": 0.01, "weight_decay": 0.0,
-    "calibration_epochs": 30, "calibration_lr": 0.1, "augmentation": "standard", "evaluate_every": 10,
-    "quick": dict(epochs=30, calibration_epochs=5), **own} for name, own in {
+    "teacher_weights": None, "resolutions": [128, 224, 480], "epochs": 400, "batch_size": 256, "lr": 0.01,
+    "weight_decay": 0.0, "calibration_epochs": 30, "calibration_lr": 0.1, "augmentation": "standard",
+    "evaluate_every": 10, "quick": dict(epochs=30, calibration_epochs=5), **own} for name, own in {
+        # head_median: where head and median end (Table 8; [D]), as fractions of the classes
         "fashion_lt": dict(  # all ours
             arch="reactnet_18", student_width=0.25, student_resolution=32, teacher="resnet14",
             teacher_weights="embedded", resolutions=[16, 32, 48], smoothing=[0.1, 0.0], epochs=20,
-            batch_size=32, calibration_epochs=5, evaluate_every=5,
+            batch_size=32, calibration_epochs=5, evaluate_every=5, head_median=[3 / 10, 7 / 10],
             quick=dict(epochs=5, calibration_epochs=2)),
         # smoothing [head, tail]: MiSLAS's for CIFAR, by imbalance factor; [D]'s elsewhere
         # resized: as [D], whose random resized crops are smaller than the loader's, from .08 of the area on
-        "cifar10_lt": dict(augmentation="resized",
+        "cifar10_lt": dict(augmentation="resized", head_median=[3 / 10, 7 / 10],
                            smoothing={10: [0.1, 0.0], 50: [0.2, 0.0], 100: [0.3, 0.0]}),
-        "cifar100_lt": dict(augmentation="resized",
+        "cifar100_lt": dict(augmentation="resized", head_median=[36 / 100, 71 / 100],
                             smoothing={10: [0.2, 0.0], 50: [0.3, 0.0], 100: [0.4, 0.1]}),
-        "caltech101_lt": dict(smoothing=[0.01, 0.01]),
-        "cub200_lt": dict(smoothing=[0.04, 0.01]),
-        "stanford_dogs_lt": dict(smoothing=[0.0, 0.03]),
-        "stanford_cars_lt": dict(smoothing=[0.0, 0.38]),
-        "fgvc_aircraft_lt": dict(smoothing=[0.0, 0.39]),
-        "dtd_lt": dict(smoothing=[0.01, 0.39]),
-        "flowers102_lt": dict(smoothing=[0.04, 0.04]),
-        "fruits360_lt": dict(smoothing=[0.0, 0.0]),
+        "caltech101_lt": dict(smoothing=[0.01, 0.01], head_median=[36 / 102, 72 / 102]),
+        "cub200_lt": dict(smoothing=[0.04, 0.01], head_median=[72 / 200, 142 / 200]),
+        "stanford_dogs_lt": dict(smoothing=[0.0, 0.03], head_median=[43 / 120, 85 / 120]),
+        "stanford_cars_lt": dict(smoothing=[0.0, 0.38], head_median=[70 / 196, 139 / 196]),
+        "fgvc_aircraft_lt": dict(smoothing=[0.0, 0.39], head_median=[36 / 100, 71 / 100]),
+        "dtd_lt": dict(smoothing=[0.01, 0.39], head_median=[14 / 47, 33 / 47]),
+        "flowers102_lt": dict(smoothing=[0.04, 0.04], head_median=[36 / 102, 72 / 102]),
+        "fruits360_lt": dict(smoothing=[0.0, 0.0], head_median=[7 / 24, 14 / 24]),
         # Table 2: another teacher, one resolution
-        "places_lt": dict(teacher="efficientnet_v2_m", resolutions=[224], smoothing=[0.4, 0.1],
-                          evaluate_every=5),
-        "imagenet_lt": dict(teacher="efficientnet_v2_m", resolutions=[224], smoothing=[0.3, 0.0],
-                            evaluate_every=5),
-        "inat18": dict(teacher="efficientnet_v2_m", resolutions=[224], smoothing=[0.3, 0.0],
-                       evaluate_every=5),
+        "places_lt": dict(teacher="efficientnet_v2_m", resolutions=[224], evaluate_every=5,
+                          smoothing=[0.4, 0.1], head_median=[131 / 365, 259 / 365]),
+        "imagenet_lt": dict(teacher="efficientnet_v2_m", resolutions=[224], evaluate_every=5,
+                            smoothing=[0.3, 0.0], head_median=[390 / 1000, 835 / 1000]),
+        "inat18": dict(teacher="efficientnet_v2_m", resolutions=[224], evaluate_every=5,
+                       smoothing=[0.3, 0.0], head_median=[842 / 8142, 4543 / 8142]),
     }.items()}
 NETS = {"reactnet_a": ReActNetA, "reactnet_18": ReActNet18}
 
@@ -101,7 +101,6 @@ def parse_args(argv=None):
     add("--imb-factor", type=float, help="largest class / smallest class, at least 1")
     add("--subset-seed", type=int, default=0, help="which images are kept; 0 as in LDAM-DRW")
     add("--evaluate-on", choices=["test", "val"], default="test", help="split that is scored")
-    add("--augmentation", choices=["standard", "resized"], help="random crops, or random resized crops")
     add("--workers", type=int, default=runtime.cores(), help="decoding processes for image files, a rank")
     add("--skip-bad-images", action=boolean, default=False, help="leave out files that cannot be decoded")
     add = parser.add_argument_group("teacher").add_argument
@@ -109,7 +108,6 @@ def parse_args(argv=None):
     add("--teacher-weights", metavar="FILE", help="its state dict (ImageNet-1K's, downloaded), or: embedded")
     add("--resolutions", type=int, nargs="+", help="that the teacher sees, in pixels")
     add("--smoothing", type=float, nargs=2, metavar=("HEAD", "TAIL"), help="of the labels, in calibration")
-    add("--smoothing-shape", choices=["concave", "linear", "convex"], default="concave", help="MiSLAS's")
     add("--calibration-epochs", type=int, help="of stage A")
     add("--calibration-lr", type=float, help="at the first step of stage A")
     add = parser.add_argument_group("method").add_argument
@@ -120,16 +118,14 @@ def parse_args(argv=None):
     add("--balance", choices=["learned", "fixed"], default="learned", help="Eq. (4), or Eq. (1)")
     add("--fixed-lambda", type=float, default=0.5, help="of --balance fixed, and of the baseline")
     add("--balance-lr", type=float, default=1e-3, help="of lambda's network")
-    add("--temperature", type=float, default=2.0, help="T of L_KL")
     add("--kl-reduction", choices=["mean", "batchmean"], default="mean", help="or summed over classes")
     add("--direct-multi-resolution", action=boolean, default=False, help="to the student too (Figure 5)")
-    add = parser.add_argument_group("student").add_argument
+    add = parser.add_argument_group("student and its optimisation").add_argument
     add("--arch", choices=NETS, help="of the student")
     add("--student-width", type=float, help="factor of its channels")
     add("--student-resolution", type=int, help="pixels; one of --resolutions")
     add("--binarize", action=boolean, default=True, help="--no-binarize: its full-precision twin")
     add("--classifier", choices=["linear", "cosine"], default="linear", help="of the student (Table 9)")
-    add = parser.add_argument_group("optimisation").add_argument
     add("--student-optimizer", choices=["adam", "sgd"], default="adam", help="sgd: momentum .9 (Figure 8)")
     add("--epochs", type=int, help="of stage B, of the baseline, and from scratch")
     add("--batch-size", type=int, help="global, over all ranks")
@@ -146,7 +142,7 @@ def parse_args(argv=None):
     add("--export", metavar="CHECKPOINT", help="write a saved student with 1-bit weights beside it")
     add("--evaluate-every", type=int, help="epochs between evaluations; the last epoch is always evaluated")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps")
-    add("--time-limit", type=float, metavar="MINUTES", help="stop after an epoch; --resume goes on")
+    add("--time-limit", type=float, metavar="MINUTES", help="stop after a step; --resume goes on")
     add("--resume", action=boolean, default=False, help="continue what is in --out, or start")
     add("--out", help="(runs/candle_<dataset>_seed<seed>)")
     args = runtime.parse_with_recipe(parser, RECIPES, image_side, argv)
@@ -155,12 +151,7 @@ def parse_args(argv=None):
     return args
 
 
-# ---------------------------------------------------------------- samplers
-
-def instance_indices(targets, generator):
-    """Every image once, in a random order. targets: [n]. Returns int64 [n]."""
-    return torch.randperm(len(targets), generator=generator)
-
+# ---------------------------------------------------------------- sampler and losses
 
 def class_balanced_indices(targets, generator):
     """As many draws as images: every class once a round, in a new order; its images in a shuffled cycle.
@@ -170,8 +161,7 @@ def class_balanced_indices(targets, generator):
     """
     if targets.ndim != 1 or len(targets) == 0:
         raise ValueError(f"targets must be class ids in a vector, not empty, got {list(targets.shape)}")
-    sizes = torch.bincount(targets)
-    members = targets.argsort(stable=True).split(sizes[sizes > 0].tolist())
+    members = targets.argsort(stable=True).split(targets.unique(return_counts=True)[1].tolist())
     rounds, drawn = math.ceil(len(targets) / len(members)), []
     for images in members:
         cycles = torch.rand(math.ceil(rounds / len(images)), len(images), generator=generator).argsort(1)
@@ -181,19 +171,16 @@ def class_balanced_indices(targets, generator):
     return drawn.gather(1, order).flatten()[:len(targets)]
 
 
-# ---------------------------------------------------------------- losses
-
 def label_aware_smoothing_loss(logits, targets, class_counts, head, tail, shape="concave"):
     """Stage A's loss, MiSLAS's (CVPR 2021, section 3.3): cross-entropy whose labels are smoothed by e_y.
 
-    logits: [N, C]; targets: class ids [N]; class_counts: [C]. head, tail: e of the largest and of the
-    smallest class, in [0, 1); shape: how e grows between them with the count. e_y is spread over all C
-    classes; equal counts all have e = head. Returns the mean, a scalar. Raises ValueError.
+    logits: [N, C]; targets: class ids [N]; class_counts: [C]. head, tail: e of the largest and the smallest
+    class, in [0, 1), spread over all C; shape: how e grows between them with the count; equal counts all have
+    e = head. Returns the mean, a scalar. Raises ValueError.
     """
-    if not (0 <= head < 1 and 0 <= tail < 1):
-        raise ValueError(f"smoothing must lie in [0, 1), got {head} and {tail}")
-    if shape not in ("concave", "linear", "convex"):
-        raise ValueError(f"the smoothing's shape is concave, linear or convex, got {shape!r}")
+    if not (0 <= head < 1 and 0 <= tail < 1) or shape not in ("concave", "linear", "convex"):
+        raise ValueError(f"smoothing must lie in [0, 1), its shape be concave, linear or convex; got {head}, "
+                         f"{tail} and {shape!r}")
     counts = torch.as_tensor(class_counts, device=logits.device).float()
     if logits.ndim != 2 or targets.shape != logits.shape[:1] or counts.shape != logits.shape[1:]:
         raise ValueError(f"logits must be [N, C], targets [N], class_counts [C], got {list(logits.shape)}, "
@@ -217,7 +204,8 @@ def distillation_kl(student_logits, teacher_logits, temperature=2.0, reduction="
     if not temperature > 0 or reduction not in ("mean", "batchmean"):
         raise ValueError(f"temperature {temperature} is not positive, or reduction {reduction!r} unknown")
     log_p, log_q = ((z.float() / temperature).log_softmax(1) for z in (teacher_logits, student_logits))
-    return F.kl_div(log_q, log_p, reduction=reduction, log_target=True)
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / (
+        log_p.numel() if reduction == "mean" else len(log_p))
 
 
 def feature_similarity_loss(student_map, teacher_map):
@@ -237,9 +225,8 @@ class LossBalance(nn.Module):
 
     def __init__(self, hidden=(18, 34, 50)):
         super().__init__()
-        widths = [2, *hidden]
-        layers = [nn.Sequential(nn.Linear(a, b), nn.LeakyReLU()) for a, b in zip(widths, widths[1:])]
-        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+        layers = [nn.Sequential(nn.Linear(a, b), nn.LeakyReLU()) for a, b in zip((2, *hidden), hidden)]
+        self.layers = nn.Sequential(*layers, nn.Linear(hidden[-1], 1))
 
     def forward(self, kl, fs):
         losses = torch.stack([kl.detach(), fs.detach()]).float()
@@ -250,8 +237,8 @@ class LossBalance(nn.Module):
 class SizeInterpolationConcat(nn.Module):
     """M: the teacher's maps of all resolutions through 1x1 convolutions, at one side, one behind the other.
 
-    forward: maps [N, teacher_dim, h_r, w_r], one a resolution -> [N, sum of widths, side, side]. That of the
-    student's resolution gets the student's width, the others half of it. `.own`: its slice of the channels.
+    forward: maps [N, teacher_dim, h_r, w_r], one a resolution -> [N, width, side, side]. The student's
+    resolution gets its width, others half; a single one stays as it is. `.own`: the slice of the student's.
     """
 
     def __init__(self, teacher_dim, student_dim, resolutions, student_resolution, side):
@@ -259,16 +246,20 @@ class SizeInterpolationConcat(nn.Module):
         widths = [student_dim if r == student_resolution else student_dim // 2 for r in resolutions]
         self.convs = nn.ModuleList(nn.Sequential(nn.Conv2d(teacher_dim, width, 1, bias=False),
                                                  nn.BatchNorm2d(width), nn.LeakyReLU()) for width in widths)
-        start = sum(widths[:resolutions.index(student_resolution)])
-        self.own, self.width, self.size = slice(start, start + student_dim), sum(widths), (side, side)
+        if len(resolutions) == 1:
+            widths, self.convs = [teacher_dim], nn.ModuleList([nn.Identity()])
+        place = resolutions.index(student_resolution)
+        self.own = slice(sum(widths[:place]), sum(widths[:place + 1]))
+        self.width, self.side = sum(widths), side
 
     def forward(self, maps):
-        return torch.cat([F.interpolate(conv(x), self.size, mode="nearest")
+        return torch.cat([F.interpolate(conv(x), (self.side, self.side), mode="nearest")
                           for conv, x in zip(self.convs, maps, strict=True)], 1)
 
 
 class Teacher(nn.Module):
-    """Frozen encoder e_T without batch norm, M for several resolutions, linear classifier g, factors s.
+    """Frozen encoder e_T (its batch norm folded: it has no training mode), module M, linear classifier g,
+    factors s.
 
     forward: images of any side -> (logits [N, C], pooled features); `outputs` has behind these the map that
     a student is compared with, [N, D, side, side]. settings: what rebuilds it, but for an encoder at hand.
@@ -278,20 +269,16 @@ class Teacher(nn.Module):
         super().__init__()
         self.settings = dict(arch=arch, num_classes=num_classes, resolutions=resolutions, side=side,
                              student_resolution=student_resolution, student_dim=student_dim)
-        self.encoder = encoder or build_encoder(arch)
-        D = self.encoder.feature_dim
-        self.join = SizeInterpolationConcat(D, student_dim, resolutions, student_resolution, side) \
-            if len(resolutions) > 1 else None
-        self.classifier = nn.Linear(self.join.width if self.join else D, num_classes)
+        self.encoder = build_encoder(arch) if encoder is None else encoder
+        self.join = SizeInterpolationConcat(self.encoder.feature_dim, student_dim, resolutions,
+                                            student_resolution, side)
+        self.classifier = nn.Linear(self.join.width, num_classes)
         self.scale = nn.Parameter(torch.ones(1, num_classes))
 
     def outputs(self, images):
-        maps = [self.encoder(resize(images, r)) for r in self.settings["resolutions"]]
-        joined = self.join(maps) if self.join else maps[0]
-        own = joined[:, self.join.own] if self.join else \
-            F.interpolate(joined, [self.settings["side"]] * 2, mode="nearest")
+        joined = self.join([self.encoder(resize(images, r)) for r in self.settings["resolutions"]])
         features = joined.mean((2, 3))
-        return self.scale * self.classifier(features), features, own
+        return self.scale * self.classifier(features), features, joined[:, self.join.own]
 
     def forward(self, images):
         return self.outputs(images)[:2]
@@ -317,12 +304,15 @@ class Student(nn.Module):
         return self.classifier(features), features
 
 
-def save_model(path, model, data):
-    """Write a net with what rebuilds it and prepares its images."""
+def save_model(path, model, data, packed=False):
+    """Write a net with what rebuilds it and prepares its images. packed: its binary weights as single bits;
+    loaded again, its convolutions hold mean|w| sign(w) as real weights."""
+    settings = {**model.settings, "binarize": "activations"} if packed else model.settings
+    state = pack(model) if packed else {name: value.cpu() for name, value in model.state_dict().items()}
     runtime.save_checkpoint(path, {
-        "method": "candle", "kind": type(model).__name__, "settings": model.settings, "dataset": data.name,
-        "class_names": data.class_names, "mean": data.mean, "std": data.std, "image_size": data.image_size,
-        "state_dict": {name: value.cpu() for name, value in model.state_dict().items()}})
+        "method": "candle", "kind": type(model).__name__, "arch": settings["arch"], "settings": settings,
+        "dataset": data.name, "class_names": data.class_names, "mean": data.mean, "std": data.std,
+        "image_size": data.image_size, "packed": packed, "state_dict": state})
 
 
 def load_model(path, num_classes=None):
@@ -330,129 +320,119 @@ def load_model(path, num_classes=None):
     (class_names, mean, std, ...). Raises ValueError, also where it has other than num_classes classes."""
     saved = runtime.load_net(path, "candle", None, num_classes)
     model = {"Teacher": Teacher, "Student": Student}[saved["kind"]](**saved["settings"])
-    model.load_state_dict(unpack(saved["packed"]) if "packed" in saved else saved["state_dict"])
+    model.load_state_dict(unpack(saved["state_dict"]) if saved["packed"] else saved["state_dict"])
     return model.to(memory_format=torch.channels_last).eval(), saved
 
 
-# ---------------------------------------------------------------- schedule
+# ---------------------------------------------------------------- schedule and training
 
 def cosine_lr(progress, lr):
     """From lr at progress 0 to 0 at progress 1."""
     return lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# ---------------------------------------------------------------- training
-def calibrate(images, targets, teacher, class_counts, args):
-    """Stage A on a batch: what the teacher's module and classifier minimise, and what is logged."""
-    loss = label_aware_smoothing_loss(teacher(images)[0], targets, class_counts, *args.smoothing,
-                                      args.smoothing_shape)
-    return loss, {"loss": loss}
-
-
 def distil(images, targets, parts, teacher, learns_from, args):
-    """Stage B, or a baseline, on a batch: what is minimised, and what is logged. parts: the student ("model"),
-    its "connector" and "balance". learns_from: "labels", or the teacher in a "fixed" or "learned" balance."""
+    """Stage B, or a baseline, on a batch: what is minimised, and what is logged.
+
+    parts: the student ("model"), its "connector" and "balance". learns_from: "labels", or the teacher in a
+    "fixed" or "learned" balance. Logged: loss, L_KL (of labels: cross-entropy), L_FS, lambda.
+    """
     student, classifier = parts["model"], parts["model"].classifier
     student_map = student.encode(images)
     features = student_map.mean((2, 3))
     if teacher is None:  # from scratch
         loss = F.cross_entropy(classifier(features), targets)
-        return loss, {"loss": loss}
+        return loss, [loss]
     with torch.no_grad():
         teacher_logits, _, teacher_map = teacher.outputs(images)
     fs = feature_similarity_loss(parts["connector"](student_map), teacher_map)
+    balance = torch.full_like(fs, args.fixed_lambda)
     if learns_from == "labels":  # Table 3's baseline: the teacher is not calibrated
         ce = F.cross_entropy(classifier(features), targets)
-        loss = (1 - args.fixed_lambda) * ce + args.fixed_lambda * fs
-        return loss, {"loss": loss, "ce": ce, "fs": fs}
+        loss = (1 - balance) * ce + balance * fs
+        return loss, [loss, ce, fs, balance]
     if args.direct_multi_resolution:
         others = [r for r in teacher.settings["resolutions"] if r != args.student_resolution]
         features = torch.stack([features, *(student.encode(images, r).mean((2, 3)) for r in others)]).mean(0)
-    kl_of = lambda logits: distillation_kl(logits, teacher_logits, args.temperature, args.kl_reduction)
+    kl_of = lambda logits: distillation_kl(logits, teacher_logits, reduction=args.kl_reduction)
     if learns_from == "fixed":
-        kl, balance = kl_of(classifier(features)), torch.full_like(fs, args.fixed_lambda)
-        loss = minimised = (1 - balance) * kl + balance * fs  # Eq. (1)
-    else:  # Eq. (4): its three players in one backward pass
-        constant = {name: p.detach() for name, p in classifier.named_parameters()}
-        kl = kl_of(functional_call(classifier, constant, features))
-        balance = parts["balance"](kl, fs)
-        loss = (1 - balance.detach()) * kl + balance.detach() * fs  # min over theta_e
-        gain = (1 - balance) * kl.detach() + balance * fs.detach()  # max over phi
-        minimised = loss - gain + kl_of(classifier(features.detach()))  # min over theta_c
-    return minimised, {"loss": loss, "kl": kl, "fs": fs, "lambda": balance}
+        kl = kl_of(classifier(features))
+        loss = (1 - balance) * kl + balance * fs  # Eq. (1)
+        return loss, [loss, kl, fs, balance]
+    # Eq. (4): its three players in one backward pass
+    constant = {name: p.detach() for name, p in classifier.named_parameters()}
+    kl = kl_of(torch.func.functional_call(classifier, constant, features))
+    balance = parts["balance"](kl, fs)
+    loss = (1 - balance.detach()) * kl + balance.detach() * fs  # min over theta_e
+    gain = (1 - balance) * kl.detach() + balance * fs.detach()  # max over phi
+    return loss - gain + kl_of(classifier(features.detach())), [loss, kl, fs, balance]  # min over theta_c
 
 
-def train_stage(name, parts, step_of, sample, optimizer, epochs, data, test_loader, args, run, device):
-    """Train `parts`, an nn.ModuleDict whose "model" is scored. step_of(images, targets): `calibrate` or
-    `distil`. Returns {"best_all": percent, "seconds", "seconds_per_epoch", "images_per_second",
-    "peak_memory_mb", "epochs": what was logged}, evaluation not in the times."""
+def train_stage(name, parts, step_of, terms, sample, optimizer, epochs, data, test_loader, args, run, device):
+    """Train `parts`, an nn.ModuleDict whose "model" is scored. step_of(images, targets): what is minimised,
+    and the values of `terms`, the loss first. Returns {"best_all": percent, "epochs": the terms' means,
+    "seconds", "seconds_per_epoch", "images_per_second", "peak_memory_mb"}, evaluation not in the times."""
     seed = runtime.derive_seed(args.seed, name, "augmentation")
     loader = make_loader(data.train, data, args.batch_size, device, args.augmentation, seed, runtime.rank(),
                          runtime.ranks(), args.grad_accumulation, args.workers, args.skip_bad_images)
-    base_lr = optimizer.param_groups[0]["base"]
     autocast, targets = runtime.autocast(device, args.amp), torch.from_numpy(data.train.targets)
     steps = math.ceil(len(targets) / args.batch_size)  # of an epoch, its last partial batch included
-    state = {"stage": name, "epoch": 0, "best_all": 0.0, "seconds": 0.0, "peak": 0.0, "means": []}
-    done = run.state.get("done", {})
-    if run.state.get("stage") == name:  # resumed in the middle of this stage
-        state = {key: run.state[key] for key in state}
-        parts.load_state_dict(run.state["parts"])
-        optimizer.load_state_dict(run.state["optimizer"])
+    state = {"means": [], **run.open_stage(name, parts, optimizer)}
     runtime.peak_memory(device)  # from here on
-
     for epoch in range(state["epoch"], epochs):
         parts.train()
-        started, step, terms = time.time(), 0, {}
+        started, step = time.time() - state["seconds"], state["step"]
         indices = sample(targets, runtime.generator(args.seed, name, "sampling", epoch))
+        losses = torch.zeros(len(terms), steps, device=device)
+        losses[:, :step] = state["losses"]
         for images, labels, share, ends_step in tqdm(
-                loader.batches(indices, epoch), f"{name}, epoch {epoch + 1}", steps * args.grad_accumulation,
-                leave=False, disable=None if runtime.rank() == 0 else True):
+                loader.batches(indices, epoch, step), f"{name}, epoch {epoch + 1}",
+                (steps - step) * args.grad_accumulation, leave=False,
+                disable=None if runtime.rank() == 0 else True):
             with autocast():
-                minimised, logged = step_of(images, labels)
+                minimised, values = step_of(images, labels)
             (share * minimised).backward()
-            for key, value in logged.items():
-                terms.setdefault(key, torch.zeros(steps, device=device))[step] += share * value.detach()
+            losses[:, step] += share * torch.stack(values).detach()
             if ends_step:
-                runtime.sum_gradients(list(parts.parameters()))
+                runtime.sum_gradients(parts.parameters())
                 for group in optimizer.param_groups:
                     group["lr"] = cosine_lr((epoch + step / steps) / epochs, group["base"])
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1
+                if run.must_stop(step):
+                    state.update(step=step, losses=losses[:, :step], seconds=time.time() - started)
+                    run.save_stage(state, parts, optimizer)
+                    run.stop()
         runtime.average_buffers(parts)
-        means = {"loss": run.check_losses(  # waits for the device
-            terms.pop("loss"), name, epoch, lambda step: cosine_lr((epoch + step / steps) / epochs, base_lr))}
-        means.update({key: runtime.sum_ranks(values).mean().item() for key, values in terms.items()})
-        state.update(epoch=epoch + 1, seconds=state["seconds"] + time.time() - started,
-                     peak=max(state["peak"], runtime.peak_memory(device)), means=[*state["means"], means])
+        base = optimizer.param_groups[0]["base"]
+        run.check_losses(losses[0].clone(), name, epoch,  # the epoch's one host sync
+                         lambda step: cosine_lr((epoch + step / steps) / epochs, base))
+        means = dict(zip(terms, runtime.sum_ranks(losses).mean(1).tolist()))
+        state.update(epoch=epoch + 1, step=0, losses=losses[:, :0], seconds=time.time() - started,
+                     means=[*state["means"], means])
         row = {"stage": name, "epoch": epoch + 1, **means, "seconds": state["seconds"]}
         if (epoch + 1) % args.evaluate_every == 0 or epoch + 1 == epochs:
-            row.update(assess(parts["model"], test_loader, data, args.amp))
+            row.update(assess(parts["model"], test_loader, data, args))
             state["best_all"] = max(state["best_all"], row["all"])
-            shown = ", ".join(f"{key} {value:.3g}" for key, value in {**means, "all": row["all"]}.items())
-            runtime.say(f"{name}, epoch {epoch + 1} of {epochs}: {shown}")
+            runtime.say(f"{name}, epoch {epoch + 1} of {epochs}: " + ", ".join(
+                f"{key} {value:.3g}" for key, value in {**means, "all": row["all"]}.items()))
         run.log(**row)
-        run.save(**state, parts=parts.state_dict(), optimizer=optimizer.state_dict(), done=done)
-        if epoch + 1 < epochs:
-            run.stop_when_late()
+        run.save_stage(state, parts, optimizer)
     runtime.report_bad_images([loader])
-    return {"best_all": state["best_all"], "seconds": state["seconds"], "peak_memory_mb": state["peak"],
-            "seconds_per_epoch": state["seconds"] / epochs, "epochs": state["means"],
+    return {"best_all": state["best_all"], "epochs": state["means"], "seconds": state["seconds"],
+            "seconds_per_epoch": state["seconds"] / epochs, "peak_memory_mb": runtime.peak_memory(device),
             "images_per_second": epochs * len(targets) / state["seconds"]}
 
 
-def assess(model, loader, data, amp):
-    """A net's scores, each rank computing its part; its classifier from the most to the least frequent
-    class."""
+def assess(model, loader, data, args):
+    """A net's scores, each rank computing its part; its classifier from the head to the tail."""
     mine = range(runtime.rank(), loader.num_images, runtime.ranks())
     logits, _, targets = (runtime.gather_ranks(part) for part in
-                          predict(model, loader.batches(mine), runtime.autocast(loader.device, amp)))
+                          predict(model, loader.batches(mine), runtime.autocast(loader.device, args.amp)))
     result = scores(logits, targets, data.class_counts)
-    order = (-data.class_counts).argsort(kind="stable").tolist()
-    bias = getattr(model.classifier, "bias", None)
-    return {**result, **head_median_tail(result["per_class_accuracy"], data.class_counts, data.name),
-            "weight_norms": classifier_weight_norms(model.classifier.weight[order]),
-            "biases": None if bias is None else bias[order].tolist()}
+    return {**result, **head_median_tail(result["per_class_accuracy"], data.class_counts, args.head_median),
+            **classifier_by_frequency(model.classifier, data.class_counts)}
 
 
 # ---------------------------------------------------------------- main
@@ -461,12 +441,11 @@ def check_args(args):
     """Refuse values of this method's flags that cannot work. Raises ValueError."""
     if not all(0 <= e < 1 for e in args.smoothing):
         raise ValueError(f"--smoothing must lie in [0, 1), got {args.smoothing}")
-    if not 0 < args.temperature < math.inf or not 0 <= args.fixed_lambda < 1:  # at 1, Eq. (1) has no L_KL
-        raise ValueError("--temperature must be positive and --fixed-lambda lie in [0, 1)")
-    if min(args.resolutions) < 1 or len(set(args.resolutions)) < len(args.resolutions):
-        raise ValueError(f"--resolutions must be different sides in pixels, got {args.resolutions}")
-    if args.student_resolution not in args.resolutions:
-        raise ValueError(f"--resolutions lack the student's own, {args.student_resolution}")
+    if not 0 <= args.fixed_lambda < 1:  # at 1, nothing would train the classifier
+        raise ValueError(f"--fixed-lambda must lie in [0, 1), got {args.fixed_lambda}")
+    if args.student_resolution not in args.resolutions or len(set(args.resolutions)) < len(args.resolutions):
+        raise ValueError(f"--resolutions must be different sides in pixels, the student's own "
+                         f"({args.student_resolution}) among them, got {args.resolutions}")
     if args.ablation and (len(args.resolutions) == 1 or args.balance == "fixed" or not args.baseline):
         raise ValueError("--ablation trains all rows itself; it needs several --resolutions")
     if args.ablation + args.from_scratch + (not args.calibration) > 1:
@@ -476,10 +455,10 @@ def check_args(args):
 def off_the_shelf(args):
     """The teacher's encoder that the flags name. Raises ValueError."""
     path = ASSETS / "fashion_teacher.pt" if args.teacher_weights == "embedded" else args.teacher_weights
-    encoder = build_encoder(args.teacher, runtime.load_checkpoint(path) if path else "ImageNet-1K")
+    state = runtime.load_checkpoint(path) if path else imagenet_weights(args.teacher)
+    encoder = build_encoder(args.teacher, state.get("state_dict", state))
     if min(args.resolutions) < encoder.stride:
-        raise ValueError(f"the teacher's stride of {encoder.stride} leaves no map of {min(args.resolutions)} "
-                         "pixels; choose larger --resolutions or another --teacher")
+        raise ValueError(f"--resolutions {min(args.resolutions)}: smaller than the teacher's stride, {encoder.stride}")
     return encoder
 
 
@@ -502,26 +481,23 @@ def main(args):
         elif data.name == "folder" and data.image_size > 64:  # one decoded image for all resolutions
             data.image_size = max(args.resolutions)
         loader = make_loader(split, data, 256, device, workers=args.workers, skip_bad=args.skip_bad_images)
-        if args.export:  # loaded again, its convolutions hold mean|w| sign(w) as real weights
-            settings = {**saved["settings"], "binarize": "activations"}
+        if args.export:
             path = Path(args.export).with_name(f"{Path(args.export).stem}_packed.pt")
-            runtime.save_checkpoint(path, {**saved, "settings": settings, "state_dict": None,
-                                           "packed": pack(model)})
+            save_model(path, model, data, packed=True)
             runtime.say(f"wrote {path}: {path.stat().st_size / 1e6:.2f} MB")
             model, _ = load_model(path)
         if saved_net:
-            result = assess(model.to(device), loader, data, args.amp)
+            result = assess(model.to(device), loader, data, args)
             runtime.say(table([(Path(saved_net).stem, result)]))
             return {"method": "candle", "dataset": data.name, **result}
         NETS[args.arch](data.num_classes, args.student_width)  # fails now if it cannot be built
         run = runtime.open_run(args, "candle")
     with runtime.bad_input((UnreadableImage, Diverged), shared=False):
         stages = run_stages(args, data, loader, encoder, run, device)
-    leak = encoder is not None and not args.teacher_weights and "imagenet_lt" in (data.name, args.recipe)
-    runtime.say(table([(stage["name"] + " *" * leak, stage) for stage in stages]))
-    if leak:
-        stages[-1]["warning"] = "the teacher learnt the classes of ImageNet-LT from all of ImageNet-1K"
-        runtime.say(f"* warning: {stages[-1]['warning']}; the paper's is of ImageNet-21K")
+    runtime.say(table([(stage["name"], stage) for stage in stages]))
+    if encoder is not None and not args.teacher_weights and "imagenet_lt" in (data.name, args.recipe):
+        runtime.say("warning: this teacher learnt the classes of ImageNet-LT from all images of ImageNet-1K, "
+                    "so these numbers are too high; the paper's teacher is of ImageNet-21K")
     return run.finish("candle", data, stages)
 
 
@@ -532,41 +508,45 @@ def run_stages(args, data, test_loader, encoder, run, device):
         net = NETS[args.arch](data.num_classes, args.student_width, own)
         student_dim, side = net.features(torch.empty(1, 3, own, own)).shape[1:3]
 
-    def train(name, file, parts, step_of, sample, optimizer, epochs):
+    def train(name, file, parts, step_of, terms, sample, optimizer, epochs):
         """Train a net, or load it where a resumed run has finished it, and score it."""
         model, done = parts["model"], run.state.get("done", {})
         if name in done:
             model.load_state_dict(load_model(run.folder / file)[0].state_dict())
         else:
-            done = {**done, name: train_stage(name, parts, step_of, sample, optimizer, epochs, data,
+            done = {**done, name: train_stage(name, parts, step_of, terms, sample, optimizer, epochs, data,
                                               test_loader, args, run, device)}
             save_model(run.folder / file, model, data)
             run.save(done=done)
-        stages.append({"name": name, **assess(model, test_loader, data, args.amp), **done[name]})
+        stages.append({"name": name, **assess(model, test_loader, data, args), **done[name]})
 
     def train_teacher(resolutions, file):
         """Stage A; without a file, a teacher that is not calibrated."""
         torch.manual_seed(runtime.derive_seed(args.seed, "teacher", resolutions, "initialisation"))
         teacher = Teacher(args.teacher, data.num_classes, resolutions, own, student_dim, side, encoder)
         teacher.to(device, memory_format=torch.channels_last)
-        groups = [{"params": [p for p in teacher.parameters() if p.requires_grad], "base": args.calibration_lr}]
         if file:
+            optimizer = torch.optim.SGD([{"params": [p for p in teacher.parameters() if p.requires_grad],
+                                          "base": args.calibration_lr}], momentum=0.9, weight_decay=5e-4)
+
+            def calibrate(images, targets):
+                loss = label_aware_smoothing_loss(teacher(images)[0], targets, counts, *args.smoothing)
+                return loss, [loss]
             train(f"teacher, {' '.join(map(str, resolutions))}", file, nn.ModuleDict({"model": teacher}),
-                  lambda images, targets: calibrate(images, targets, teacher, counts, args),
-                  class_balanced_indices, torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4),
-                  args.calibration_epochs)
+                  calibrate, ["loss"], class_balanced_indices, optimizer, args.calibration_epochs)
         return teacher.eval().requires_grad_(False)
 
     def train_student(name, file, teacher, learns_from):
         """Stage B, or a baseline. All students of a run start from the same weights."""
         torch.manual_seed(runtime.derive_seed(args.seed, "student", "initialisation"))
-        student = Student(args.arch, data.num_classes, args.student_width, own, args.binarize, args.classifier)
+        student = Student(args.arch, data.num_classes, args.student_width, own, args.binarize,
+                          args.classifier)
         parts = nn.ModuleDict({"model": student, "connector": nn.Identity()})
-        if teacher and not teacher.join:  # a 1x1 convolution to the teacher's width, as [D]; not in the file
+        if teacher and len(teacher.settings["resolutions"]) == 1:  # as [D]; not in the student's file
             D = teacher.encoder.feature_dim
-            conv = nn.Conv2d(student_dim, D, 1, bias=False)
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out")
-            parts["connector"] = nn.Sequential(conv, nn.BatchNorm2d(D), nn.ReLU())
+            parts["connector"] = nn.Sequential(nn.Conv2d(student_dim, D, 1, bias=False), nn.BatchNorm2d(D),
+                                               nn.ReLU())
+            nn.init.kaiming_normal_(parts["connector"][0].weight, mode="fan_out")
         groups = [{"params": list(parts.parameters()), "base": args.lr, "weight_decay": args.weight_decay}]
         if learns_from == "learned":
             parts["balance"] = LossBalance()
@@ -576,31 +556,32 @@ def run_stages(args, data, test_loader, encoder, run, device):
         parts.to(device, memory_format=torch.channels_last)
         if args.compile:
             student.net.blocks.compile()
-        name += ", full precision" * (not args.binarize) + ", cosine" * (args.classifier == "cosine") \
-            + ", sgd" * (args.student_optimizer == "sgd")
         optimizer = torch.optim.Adam(groups, fused=device.type == "cuda") \
             if args.student_optimizer == "adam" else torch.optim.SGD(groups, momentum=0.9)
-        train(name, file, parts, lambda images, targets: distil(images, targets, parts, teacher, learns_from, args),
-              instance_indices, optimizer, args.epochs)
+        name += ", full precision" * (not args.binarize) + ", cosine" * (args.classifier == "cosine")
+        terms = ["loss", "ce" if learns_from == "labels" else "kl", "fs", "lambda"] if teacher else ["loss"]
+        train(name, file, parts,
+              lambda images, targets: distil(images, targets, parts, teacher, learns_from, args), terms,
+              lambda targets, generator: torch.randperm(len(targets), generator=generator),
+              optimizer, args.epochs)
 
     if args.from_scratch:
         train_student("from scratch", "student.pt", None, "labels")
-        return stages
-    if args.baseline or not args.calibration:
+    elif args.baseline or not args.calibration:
         train_student("baseline", "baseline.pt" if args.calibration else "student.pt",
                       train_teacher([own], None), "labels")
     if args.ablation:
         teacher = train_teacher([own], "teacher_single.pt")
         train_student("calibrate & distill", "calibrate_distill.pt", teacher, "fixed")
         train_student("learned balance", "learned_balance.pt", teacher, "learned")
-    if args.calibration:
-        names = {"fixed": ("calibrate & distill", "multi-resolution, fixed balance"),
-                 "learned": ("learned balance", "candle" + ", direct" * args.direct_multi_resolution)}
-        train_student(names[args.balance][len(args.resolutions) > 1], "student.pt",
-                      train_teacher(args.resolutions, "teacher.pt"), args.balance)
-    for stage in stages[1:] if args.baseline else []:  # Figures 9 to 11, in the data set's own class ids
-        pairs = zip(stage["per_class_accuracy"], stages[0]["per_class_accuracy"])
-        stage["gain_over_baseline"] = [None if ours is None else ours - base for ours, base in pairs]
+    if args.calibration and not args.from_scratch:
+        name = "calibrate & distill" if args.balance == "fixed" else \
+            "candle" if len(args.resolutions) > 1 else "learned balance"
+        train_student(name, "student.pt", train_teacher(args.resolutions, "teacher.pt"), args.balance)
+    for stage in stages[1:]:  # Figures 9 to 11, in the data set's own class ids
+        if stages[0]["name"].startswith("baseline"):
+            pairs = zip(stage["per_class_accuracy"], stages[0]["per_class_accuracy"])
+            stage["gain_over_baseline"] = [None if ours is None else ours - base for ours, base in pairs]
     return stages
 
 
