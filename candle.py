@@ -51,7 +51,7 @@ from common.data import ASSETS, image_side, load
 from common.evaluate import Diverged, classifier_by_frequency, head_median_tail, predict, scores, table
 from common.loader import UnreadableImage, make_loader, resize, split_batches
 from common.reactnet import ReActNet18, ReActNetA, pack, unpack
-from common.resnet import CosineClassifier, build_encoder, imagenet_weights
+from common.resnet import CosineClassifier, build_encoder
 
 # ---------------------------------------------------------------- recipes
 
@@ -88,6 +88,7 @@ RECIPES = {name: {  # appendix A.5: epochs, batch size, lr, Adam, weight decay, 
         "inat18": dict(teacher="efficientnet_v2_m", resolutions=[224], evaluate_every=5,
                        smoothing=[0.3, 0.0], head_median=[842 / 8142, 4543 / 8142]),
     }.items()}
+EMBEDDED = {"embedded": ASSETS / "fashion_teacher.pt"}
 NETS = {"reactnet_a": ReActNetA, "reactnet_18": ReActNet18}
 
 
@@ -103,14 +104,13 @@ def parse_args(argv=None):
     add("--evaluate-on", choices=["test", "val"], default="test", help="split that is scored")
     add("--workers", type=int, default=runtime.cores(), help="decoding processes for image files, a rank")
     add("--skip-bad-images", action=boolean, default=False, help="leave out files that cannot be decoded")
-    add = parser.add_argument_group("teacher").add_argument
+    add = parser.add_argument_group("teacher and method").add_argument
     add("--teacher", help="torchvision's name of a convolutional net, or a CIFAR ResNet (resnet14)")
     add("--teacher-weights", metavar="FILE", help="its state dict (ImageNet-1K's, downloaded), or: embedded")
     add("--resolutions", type=int, nargs="+", help="that the teacher sees, in pixels")
     add("--smoothing", type=float, nargs=2, metavar=("HEAD", "TAIL"), help="of the labels, in calibration")
     add("--calibration-epochs", type=int, help="of stage A")
     add("--calibration-lr", type=float, help="at the first step of stage A")
-    add = parser.add_argument_group("method").add_argument
     add("--ablation", action=boolean, default=False, help="Table 3: four rows")
     add("--calibration", action=boolean, default=True, help="--no-calibration: Table 3's baseline alone")
     add("--baseline", action=boolean, default=True, help="train the baseline too, for the gains over it")
@@ -157,8 +157,7 @@ def class_balanced_indices(targets, generator):
     """As many draws as images: every class once a round, in a new order; its images in a shuffled cycle.
 
     targets: class ids [n]. generator: a CPU torch.Generator. Returns int64 [n]. Raises ValueError. MiSLAS
-    (CVPR 2021) also counts classes off in rounds, but draws four images of a class in a row.
-    """
+    (CVPR 2021) draws four images of a class in a row."""
     if targets.ndim != 1 or len(targets) == 0:
         raise ValueError(f"targets must be class ids in a vector, not empty, got {list(targets.shape)}")
     members = targets.argsort(stable=True).split(targets.unique(return_counts=True)[1].tolist())
@@ -183,8 +182,8 @@ def label_aware_smoothing_loss(logits, targets, class_counts, head, tail, shape=
                          f"{tail} and {shape!r}")
     counts = torch.as_tensor(class_counts, device=logits.device).float()
     if logits.ndim != 2 or targets.shape != logits.shape[:1] or counts.shape != logits.shape[1:]:
-        raise ValueError(f"logits must be [N, C], targets [N], class_counts [C], got {list(logits.shape)}, "
-                         f"{list(targets.shape)} and {list(counts.shape)}")
+        raise ValueError("logits must be [N, C], targets [N], class_counts [C], got "
+                         f"{list(logits.shape)}, {list(targets.shape)} and {list(counts.shape)}")
     span = counts.max() - counts.min()
     x = torch.where(span > 0, (counts - counts.min()) / span.clamp(min=1), torch.ones_like(counts))
     rise = {"concave": (math.pi / 2 * x).sin(), "linear": x,
@@ -198,11 +197,11 @@ def label_aware_smoothing_loss(logits, targets, class_counts, head, tail, shape=
 def distillation_kl(student_logits, teacher_logits, temperature=2.0, reduction="mean"):
     """L_KL, KL(teacher || student) of softmaxes at a temperature, without a factor T^2. logits: [N, C].
     reduction: "mean" over batch and classes, or "batchmean". Returns a scalar. Raises ValueError."""
-    if student_logits.shape != teacher_logits.shape or student_logits.ndim != 2:
-        raise ValueError(f"logits must both be [N, C], got {list(student_logits.shape)} and "
-                         f"{list(teacher_logits.shape)}")
-    if not temperature > 0 or reduction not in ("mean", "batchmean"):
-        raise ValueError(f"temperature {temperature} is not positive, or reduction {reduction!r} unknown")
+    shapes = [list(logits.shape) for logits in (student_logits, teacher_logits)]
+    known = reduction in ("mean", "batchmean")
+    if shapes[0] != shapes[1] or len(shapes[0]) != 2 or not temperature > 0 or not known:
+        raise ValueError(f"logits must both be [N, C], temperature positive, reduction mean or batchmean; got "
+                         f"{shapes}, {temperature} and {reduction!r}")
     log_p, log_q = ((z.float() / temperature).log_softmax(1) for z in (teacher_logits, student_logits))
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / (
         log_p.numel() if reduction == "mean" else len(log_p))
@@ -258,12 +257,9 @@ class SizeInterpolationConcat(nn.Module):
 
 
 class Teacher(nn.Module):
-    """Frozen encoder e_T (its batch norm folded: it has no training mode), module M, linear classifier g,
-    factors s.
-
-    forward: images of any side -> (logits [N, C], pooled features); `outputs` has behind these the map that
-    a student is compared with, [N, D, side, side]. settings: what rebuilds it, but for an encoder at hand.
-    """
+    """Frozen encoder e_T (batch norm folded: it has no training mode), module M, linear classifier g, factors
+    s. forward: images of any side -> (logits [N, C], pooled features); `outputs` has behind these the map
+    that a student is compared with, [N, D, side, side]. settings: what rebuilds it."""
 
     def __init__(self, arch, num_classes, resolutions, student_resolution, student_dim, side, encoder=None):
         super().__init__()
@@ -332,11 +328,9 @@ def cosine_lr(progress, lr):
 
 
 def distil(images, targets, parts, teacher, learns_from, args):
-    """Stage B, or a baseline, on a batch: what is minimised, and what is logged.
-
+    """Stage B, or a baseline, on a batch: what is minimised; and loss, L_KL (or cross-entropy), L_FS, lambda.
     parts: the student ("model"), its "connector" and "balance". learns_from: "labels", or the teacher in a
-    "fixed" or "learned" balance. Logged: loss, L_KL (of labels: cross-entropy), L_FS, lambda.
-    """
+    "fixed" or "learned" balance."""
     student, classifier = parts["model"], parts["model"].classifier
     student_map = student.encode(images)
     features = student_map.mean((2, 3))
@@ -369,9 +363,8 @@ def distil(images, targets, parts, teacher, learns_from, args):
 
 
 def train_stage(name, parts, step_of, terms, sample, optimizer, epochs, data, test_loader, args, run, device):
-    """Train `parts`, an nn.ModuleDict whose "model" is scored. step_of(images, targets): what is minimised,
-    and the values of `terms`, the loss first. Returns {"best_all": percent, "epochs": the terms' means,
-    "seconds", "seconds_per_epoch", "images_per_second", "peak_memory_mb"}, evaluation not in the times."""
+    """Train `parts`, whose "model" is scored. step_of(images, targets): what is minimised, and the values of
+    `terms`, the loss first. Returns what result.json holds of it; evaluation is not in the times."""
     seed = runtime.derive_seed(args.seed, name, "augmentation")
     loader = make_loader(data.train, data, args.batch_size, device, args.augmentation, seed, runtime.rank(),
                          runtime.ranks(), args.grad_accumulation, args.workers, args.skip_bad_images)
@@ -405,9 +398,8 @@ def train_stage(name, parts, step_of, terms, sample, optimizer, epochs, data, te
                     run.save_stage(state, parts, optimizer)
                     run.stop()
         runtime.average_buffers(parts)
-        base = optimizer.param_groups[0]["base"]
-        run.check_losses(losses[0].clone(), name, epoch,  # the epoch's one host sync
-                         lambda step: cosine_lr((epoch + step / steps) / epochs, base))
+        run.check_losses(losses[0].clone(), name, epoch, lambda step: cosine_lr(
+            (epoch + step / steps) / epochs, optimizer.param_groups[0]["base"]))
         means = dict(zip(terms, runtime.sum_ranks(losses).mean(1).tolist()))
         state.update(epoch=epoch + 1, step=0, losses=losses[:, :0], seconds=time.time() - started,
                      means=[*state["means"], means])
@@ -420,9 +412,10 @@ def train_stage(name, parts, step_of, terms, sample, optimizer, epochs, data, te
         run.log(**row)
         run.save_stage(state, parts, optimizer)
     runtime.report_bad_images([loader])
-    return {"best_all": state["best_all"], "epochs": state["means"], "seconds": state["seconds"],
-            "seconds_per_epoch": state["seconds"] / epochs, "peak_memory_mb": runtime.peak_memory(device),
-            "images_per_second": epochs * len(targets) / state["seconds"]}
+    seconds = state["seconds"]
+    return {"best_all": state["best_all"], "epochs": state["means"], "seconds": seconds,
+            "seconds_per_epoch": seconds / epochs, "images_per_second": epochs * len(targets) / seconds,
+            "peak_memory_mb": runtime.peak_memory(device)}
 
 
 def assess(model, loader, data, args):
@@ -439,10 +432,9 @@ def assess(model, loader, data, args):
 
 def check_args(args):
     """Refuse values of this method's flags that cannot work. Raises ValueError."""
-    if not all(0 <= e < 1 for e in args.smoothing):
-        raise ValueError(f"--smoothing must lie in [0, 1), got {args.smoothing}")
-    if not 0 <= args.fixed_lambda < 1:  # at 1, nothing would train the classifier
-        raise ValueError(f"--fixed-lambda must lie in [0, 1), got {args.fixed_lambda}")
+    if not all(0 <= value < 1 for value in (*args.smoothing, args.fixed_lambda)):
+        raise ValueError("--smoothing and --fixed-lambda (at 1, nothing trains the classifier) must lie in "
+                         f"[0, 1), got {args.smoothing} and {args.fixed_lambda}")
     if args.student_resolution not in args.resolutions or len(set(args.resolutions)) < len(args.resolutions):
         raise ValueError(f"--resolutions must be different sides in pixels, the student's own "
                          f"({args.student_resolution}) among them, got {args.resolutions}")
@@ -450,16 +442,6 @@ def check_args(args):
         raise ValueError("--ablation trains all rows itself; it needs several --resolutions")
     if args.ablation + args.from_scratch + (not args.calibration) > 1:
         raise ValueError("choose one of --ablation, --from-scratch and --no-calibration")
-
-
-def off_the_shelf(args):
-    """The teacher's encoder that the flags name. Raises ValueError."""
-    path = ASSETS / "fashion_teacher.pt" if args.teacher_weights == "embedded" else args.teacher_weights
-    state = runtime.load_checkpoint(path) if path else imagenet_weights(args.teacher)
-    encoder = build_encoder(args.teacher, state.get("state_dict", state))
-    if min(args.resolutions) < encoder.stride:
-        raise ValueError(f"--resolutions {min(args.resolutions)}: smaller than the teacher's stride, {encoder.stride}")
-    return encoder
 
 
 def main(args):
@@ -470,7 +452,13 @@ def main(args):
         saved_net = args.evaluate or args.export
         with runtime.first_rank_first():
             data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed)
-            encoder = None if saved_net or args.from_scratch else off_the_shelf(args)
+            encoder, path = None, args.teacher_weights
+            if not (saved_net or args.from_scratch):
+                state = runtime.load_checkpoint(EMBEDDED.get(path, path)) if path else "ImageNet-1K"
+                encoder = build_encoder(args.teacher, state)
+                if min(args.resolutions) < encoder.stride:
+                    raise ValueError(f"--resolutions {min(args.resolutions)} leaves no map: the teacher's "
+                                     f"stride is {encoder.stride}")
         split = getattr(data, args.evaluate_on)
         if split is None:
             raise ValueError(f"{data.name} has no validation images; leave out --evaluate-on val")
@@ -490,10 +478,12 @@ def main(args):
             result = assess(model.to(device), loader, data, args)
             runtime.say(table([(Path(saved_net).stem, result)]))
             return {"method": "candle", "dataset": data.name, **result}
-        NETS[args.arch](data.num_classes, args.student_width)  # fails now if it cannot be built
+        with torch.device("meta"):  # shapes alone; fails now if it cannot be built
+            net = NETS[args.arch](data.num_classes, args.student_width, args.student_resolution)
+            map_shape = net.features(torch.empty(1, 3, *[args.student_resolution] * 2)).shape[1:3]
         run = runtime.open_run(args, "candle")
     with runtime.bad_input((UnreadableImage, Diverged), shared=False):
-        stages = run_stages(args, data, loader, encoder, run, device)
+        stages = run_stages(args, data, loader, encoder, *map_shape, run, device)
     runtime.say(table([(stage["name"], stage) for stage in stages]))
     if encoder is not None and not args.teacher_weights and "imagenet_lt" in (data.name, args.recipe):
         runtime.say("warning: this teacher learnt the classes of ImageNet-LT from all images of ImageNet-1K, "
@@ -501,16 +491,15 @@ def main(args):
     return run.finish("candle", data, stages)
 
 
-def run_stages(args, data, test_loader, encoder, run, device):
+def run_stages(args, data, test_loader, encoder, student_dim, side, run, device):
     """Baseline, calibration, students. Returns result.json's `stages`; the last one is the run's own."""
     stages, counts, own = [], torch.from_numpy(data.class_counts).to(device), args.student_resolution
-    with torch.device("meta"):  # shapes alone
-        net = NETS[args.arch](data.num_classes, args.student_width, own)
-        student_dim, side = net.features(torch.empty(1, 3, own, own)).shape[1:3]
 
     def train(name, file, parts, step_of, terms, sample, optimizer, epochs):
         """Train a net, or load it where a resumed run has finished it, and score it."""
         model, done = parts["model"], run.state.get("done", {})
+        if args.sync_bn:
+            nn.SyncBatchNorm.convert_sync_batchnorm(parts)
         if name in done:
             model.load_state_dict(load_model(run.folder / file)[0].state_dict())
         else:
@@ -551,8 +540,6 @@ def run_stages(args, data, test_loader, encoder, run, device):
         if learns_from == "learned":
             parts["balance"] = LossBalance()
             groups.append({"params": list(parts["balance"].parameters()), "base": args.balance_lr})
-        if args.sync_bn:
-            nn.SyncBatchNorm.convert_sync_batchnorm(parts)
         parts.to(device, memory_format=torch.channels_last)
         if args.compile:
             student.net.blocks.compile()
@@ -560,10 +547,9 @@ def run_stages(args, data, test_loader, encoder, run, device):
             if args.student_optimizer == "adam" else torch.optim.SGD(groups, momentum=0.9)
         name += ", full precision" * (not args.binarize) + ", cosine" * (args.classifier == "cosine")
         terms = ["loss", "ce" if learns_from == "labels" else "kl", "fs", "lambda"] if teacher else ["loss"]
-        train(name, file, parts,
-              lambda images, targets: distil(images, targets, parts, teacher, learns_from, args), terms,
-              lambda targets, generator: torch.randperm(len(targets), generator=generator),
-              optimizer, args.epochs)
+        step_of = lambda images, targets: distil(images, targets, parts, teacher, learns_from, args)
+        shuffled = lambda targets, generator: torch.randperm(len(targets), generator=generator)
+        train(name, file, parts, step_of, terms, shuffled, optimizer, args.epochs)
 
     if args.from_scratch:
         train_student("from scratch", "student.pt", None, "labels")
@@ -575,13 +561,11 @@ def run_stages(args, data, test_loader, encoder, run, device):
         train_student("calibrate & distill", "calibrate_distill.pt", teacher, "fixed")
         train_student("learned balance", "learned_balance.pt", teacher, "learned")
     if args.calibration and not args.from_scratch:
-        name = "calibrate & distill" if args.balance == "fixed" else \
-            "candle" if len(args.resolutions) > 1 else "learned balance"
-        train_student(name, "student.pt", train_teacher(args.resolutions, "teacher.pt"), args.balance)
-    for stage in stages[1:]:  # Figures 9 to 11, in the data set's own class ids
-        if stages[0]["name"].startswith("baseline"):
-            pairs = zip(stage["per_class_accuracy"], stages[0]["per_class_accuracy"])
-            stage["gain_over_baseline"] = [None if ours is None else ours - base for ours, base in pairs]
+        train_student({"fixed": "calibrate & distill", "learned": "candle"}[args.balance], "student.pt",
+                      train_teacher(args.resolutions, "teacher.pt"), args.balance)
+    for stage in stages[1:] if args.baseline else []:  # Figures 9 to 11, in the data set's own class ids
+        pairs = zip(stage["per_class_accuracy"], stages[0]["per_class_accuracy"])
+        stage["gain_over_baseline"] = [None if ours is None else ours - base for ours, base in pairs]
     return stages
 
 

@@ -55,8 +55,8 @@ def head_median_tail(per_class_accuracy, class_counts, ends):
     """
     counts = torch.as_tensor(class_counts)
     if len(per_class_accuracy) != len(counts) or not 0 <= ends[0] <= ends[1] <= 1:
-        raise ValueError(f"{len(counts)} classes have {len(per_class_accuracy)} accuracies, or head and median "
-                         f"do not end in this order within [0, 1]: {list(ends)}")
+        raise ValueError(f"{len(counts)} classes, {len(per_class_accuracy)} accuracies; head and median must "
+                         f"end in this order within [0, 1], got {list(ends)}")
     order = counts.argsort(descending=True, stable=True).tolist()
     first, second = (round(end * len(order)) for end in ends)
     result = {}

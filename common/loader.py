@@ -47,7 +47,7 @@ def normalise(images, mean, std):
 
 
 def resize(images, side):
-    """Images [N, C, H, H] -> [N, C, side, side], bilinear with antialiasing; the same tensor where H is side."""
+    """Images [N, C, H, H] -> [N, C, side, side], bilinear, antialiased; the same tensor where H is side."""
     if images.shape[-1] == side:
         return images
     return torch.nn.functional.interpolate(images, (side, side), mode="bilinear", align_corners=False,

@@ -168,9 +168,10 @@ def build_encoder(arch, state=None):
     """A frozen backbone that ends in its last map, batch norm folded: images [N, 3, H, W] -> [N, D, h, w].
 
     arch: a CIFAR ResNet, or torchvision's name of a ResNet, EfficientNet or another net of `FAMILIES`. state:
-    its state dict, with or without a classifier, loaded strictly (None: random weights). D is `.feature_dim`,
-    `.stride` the pixels of the image a pixel of the map. Raises ValueError for an unknown name or a state
-    that does not fit.
+    its state dict, with or without a classifier, itself or as {"state_dict": ...}, loaded strictly; or
+    "ImageNet-1K", torchvision's; None: random weights. D is `.feature_dim`, `.stride` the pixels of the image
+    a pixel of the map. Raises ValueError for an unknown name, and for a state that is not to be had or does
+    not fit.
     """
     if arch in CIFAR_DEPTHS:
         net = CifarResNet(CIFAR_DEPTHS[arch])
@@ -180,7 +181,12 @@ def build_encoder(arch, state=None):
             raise ValueError(f"unknown encoder {arch!r}; known: {', '.join(CIFAR_DEPTHS)}, and torchvision's "
                              f"{', '.join(FAMILIES)}")
         net = get_model(arch, weights=None)
+    if state == "ImageNet-1K":
+        if arch in CIFAR_DEPTHS:
+            raise ValueError(f"there are no ImageNet weights for {arch}; name a file of your own weights")
+        state = imagenet_weights(arch)
     if state is not None:
+        state = state.get("state_dict", state)
         of_classifier = lambda values, yes: {key: value for key, value in values.items()
                                              if key.startswith(("fc.", "classifier.")) == yes}
         try:
