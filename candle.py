@@ -175,8 +175,7 @@ def label_aware_smoothing_loss(logits, targets, class_counts, head, tail, shape=
 
     logits: [N, C]; targets: class ids [N]; class_counts: [C]. head, tail: e of the largest and the smallest
     class, in [0, 1), spread over all C; shape: how e grows between them with the count; equal counts all have
-    e = head. Returns the mean, a scalar. Raises ValueError.
-    """
+    e = head. Returns the mean, a scalar. Raises ValueError."""
     if not (0 <= head < 1 and 0 <= tail < 1) or shape not in ("concave", "linear", "convex"):
         raise ValueError(f"smoothing must lie in [0, 1), its shape be concave, linear or convex; got {head}, "
                          f"{tail} and {shape!r}")
@@ -200,11 +199,11 @@ def distillation_kl(student_logits, teacher_logits, temperature=2.0, reduction="
     shapes = [list(logits.shape) for logits in (student_logits, teacher_logits)]
     known = reduction in ("mean", "batchmean")
     if shapes[0] != shapes[1] or len(shapes[0]) != 2 or not temperature > 0 or not known:
-        raise ValueError(f"logits must both be [N, C], temperature positive, reduction mean or batchmean; got "
+        raise ValueError("logits must both be [N, C], temperature positive, reduction mean or batchmean; got "
                          f"{shapes}, {temperature} and {reduction!r}")
     log_p, log_q = ((z.float() / temperature).log_softmax(1) for z in (teacher_logits, student_logits))
-    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / (
-        log_p.numel() if reduction == "mean" else len(log_p))
+    kl = log_p.exp() * (log_p - log_q)
+    return kl.mean() if reduction == "mean" else kl.sum(1).mean()
 
 
 def feature_similarity_loss(student_map, teacher_map):
@@ -237,8 +236,7 @@ class SizeInterpolationConcat(nn.Module):
     """M: the teacher's maps of all resolutions through 1x1 convolutions, at one side, one behind the other.
 
     forward: maps [N, teacher_dim, h_r, w_r], one a resolution -> [N, width, side, side]. The student's
-    resolution gets its width, others half; a single one stays as it is. `.own`: the slice of the student's.
-    """
+    resolution gets its width, others half; a single one stays as it is. `.own`: the student's slice."""
 
     def __init__(self, teacher_dim, student_dim, resolutions, student_resolution, side):
         super().__init__()
@@ -479,7 +477,7 @@ def main(args):
             runtime.say(table([(Path(saved_net).stem, result)]))
             return {"method": "candle", "dataset": data.name, **result}
         with torch.device("meta"):  # shapes alone; fails now if it cannot be built
-            net = NETS[args.arch](data.num_classes, args.student_width, args.student_resolution)
+            net = NETS[args.arch](data.num_classes, args.student_width, args.student_resolution).eval()
             map_shape = net.features(torch.empty(1, 3, *[args.student_resolution] * 2)).shape[1:3]
         run = runtime.open_run(args, "candle")
     with runtime.bad_input((UnreadableImage, Diverged), shared=False):

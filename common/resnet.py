@@ -183,7 +183,7 @@ def build_encoder(arch, state=None):
         net = get_model(arch, weights=None)
     if state == "ImageNet-1K":
         if arch in CIFAR_DEPTHS:
-            raise ValueError(f"there are no ImageNet weights for {arch}; name a file of your own weights")
+            raise ValueError(f"there are no ImageNet weights for {arch}; name --teacher-weights FILE")
         state = imagenet_weights(arch)
     if state is not None:
         state = state.get("state_dict", state)
