@@ -20,6 +20,8 @@ PURE = {  # samplers, losses, schedules: method -> names
     "async_lt": ["progressive_probabilities", "weighted_indices", "select_exemplars", "memory_retentive_loss",
                  "margin_loss", "step_lr", "cosine_lr"],
     "livt": ["instance_indices", "balanced_bce_loss", "balanced_ce_loss", "bayes_decode", "warmup_cosine_lr"],
+    "candle": ["class_balanced_indices", "label_aware_smoothing_loss", "distillation_kl",
+               "feature_similarity_loss", "cosine_lr"],
 }
 
 
@@ -107,7 +109,10 @@ def test_a_sampler_loss_or_schedule_runs_from_its_own_source_alone(method, name)
         "balanced_bce_loss": lambda: (logits[0], targets, torch.tensor([5, 4, 2, 1]), 1.05),
         "balanced_ce_loss": lambda: (logits[0], targets, torch.tensor([5, 4, 2, 1]), 1.05),
         "bayes_decode": lambda: (logits[0], torch.tensor([5, 4, 2, 1]), 1.05),
-        "warmup_cosine_lr": lambda: (3.5, 10, 2, 0.1)}[name]
+        "warmup_cosine_lr": lambda: (3.5, 10, 2, 0.1),
+        "label_aware_smoothing_loss": lambda: (logits[0], targets, torch.tensor([5, 4, 2, 1]), 0.3, 0.1),
+        "distillation_kl": lambda: tuple(logits),
+        "feature_similarity_loss": lambda: tuple(features.view(2, 6, 2, 2, 2))}[name]
     alone, ours = namespace[name](*arguments()), function(*arguments())
     assert torch.equal(torch.as_tensor(alone), torch.as_tensor(ours))
 
@@ -116,7 +121,7 @@ def test_every_loss_sampler_and_schedule_is_in_the_test_above():
     for method in METHODS:
         module = importlib.import_module(method)
         own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == method]
-        endings = r"_(loss|indices|lr|adjusted|probabilities|exemplars|decode)$"
+        endings = r"_(loss|indices|lr|adjusted|probabilities|exemplars|decode|kl)$"
         pure = {name for name in own if re.search(endings, name)}
         assert pure == set(PURE[method])
 
@@ -173,7 +178,8 @@ def test_help_works_without_torchvision_and_shows_the_recipe(method, tmp_path):
 
 
 # a method's flags for a run of seconds
-QUICKLY = {"async_lt": ["--phase-two-epochs", "1"], "livt": ["--mgp-epochs", "1"]}
+QUICKLY = {"async_lt": ["--phase-two-epochs", "1"], "livt": ["--mgp-epochs", "1"],
+           "candle": ["--calibration-epochs", "1"]}
 
 
 @pytest.mark.parametrize("method", METHODS)
