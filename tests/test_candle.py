@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import candle
+from common.assets import make
 from common.data import load
 from common.evaluate import scores
 from common.loader import normalise
@@ -516,6 +517,17 @@ def test_a_student_s_convolutions_are_binary_and_adam_has_no_weight_decay(full):
     assert group["weight_decay"] == 0 == settings("--dataset", "cifar100_lt").weight_decay
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="known on Linux alone")
+def test_peak_memory_is_that_since_the_last_call():
+    device = torch.device("cpu")
+    candle.runtime.peak_memory(device)
+    base = candle.runtime.peak_memory(device)
+    block = torch.ones(64 * 2**18)  # 64 MiB
+    del block
+    assert 56 < candle.runtime.peak_memory(device) - base < 80
+    assert candle.runtime.peak_memory(device) - base < 16
+
+
 # ---------------------------------------------------------------- evaluation and export
 
 def test_evaluate_scores_a_saved_net_and_writes_nothing(full, tmp_path):
@@ -731,7 +743,7 @@ def test_an_imagenet_1k_teacher_on_imagenet_lt_is_warned_of(full, capsys, monkey
         assert ("warning: this teacher learnt the classes of ImageNet-LT" in shown) == warned
 
 
-def test_the_embedded_teacher_is_small_half_precision_and_fits(monkeypatch):
+def test_the_embedded_teacher_is_small_half_precision_and_fits():
     path = candle.EMBEDDED["embedded"]
     saved = torch.load(path, weights_only=True)
     assert path.stat().st_size < 1e6 and saved["arch"] == settings().teacher
@@ -739,3 +751,28 @@ def test_the_embedded_teacher_is_small_half_precision_and_fits(monkeypatch):
                if value.is_floating_point())
     encoder = build_encoder(saved["arch"], saved)
     assert (encoder.feature_dim, encoder.stride) == (64, 4)
+
+
+# ---------------------------------------------------------------- the embedded teacher's pre-training
+
+def test_the_teacher_s_images_are_balanced_and_in_no_split_of_the_embedded_set():
+    y = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 6000))  # as many as Fashion-MNIST has
+    train, val, teacher = make.split_fashion_mnist(y)
+    assert len(train) == 2478 and len(val) == 1000  # the embedded set's sizes
+    assert np.bincount(y[teacher]).tolist() == [make.TEACHER_IMAGES] * 10
+    assert len(set(train) | set(val) | set(teacher)) == len(train) + len(val) + len(teacher)
+
+
+def test_pre_training_tells_quarter_turns_that_are_numbered_anticlockwise():
+    images = torch.zeros(2, 3, 4, 4)
+    images[:, :, 0] = 1.0  # the top row
+    batch, turns = make.turned(images)
+    assert turns.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and batch.shape == (8, 3, 4, 4)
+    for place, rows, columns in ((0, 0, slice(None)), (2, slice(None), 0), (4, 3, slice(None)),
+                                 (6, slice(None), 3)):  # top, left, bottom, right
+        assert (batch[place][:, rows, columns] == 1).all() and batch[place].sum() == 12
+    tops = np.zeros((160, 8, 8, 3), np.uint8)
+    tops[:, :3] = 200
+    net, accuracy = make.pretrain(tops, tops[:20], (0.4,) * 3, (0.4,) * 3, epochs=4, batch_size=16, lr=0.05)
+    assert accuracy > 90  # of 25 by chance
+    build_encoder("resnet14", net.state_dict())

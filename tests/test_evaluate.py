@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from common.data import long_tail_counts
-from common.evaluate import (calibration_error, class_sums, classifier_weight_norms, nearest_class_mean,
-                             predict, scores, shot_accuracy, shot_groups, table)
+from common.evaluate import (calibration_error, class_sums, classifier_by_frequency, classifier_weight_norms,
+                             head_median_tail, nearest_class_mean, predict, scores, shot_accuracy,
+                             shot_groups, table)
 
 # ---------------------------------------------------------------- groups and accuracy
 
@@ -94,6 +95,19 @@ def test_bad_predictions_are_refused():
     for predictions, targets in (([0, 1], [0]), ([], []), ([[0]], [[0]]), ([0], [2]), ([0], [-1])):
         with pytest.raises(ValueError):
             shot_accuracy(torch.tensor(predictions).long(), torch.tensor(targets).long(), [50, 50])
+
+
+def test_head_median_and_tail_go_by_rank_and_leave_untested_classes_out():
+    accuracy, counts = [10.0, 20.0, None, 40.0, 90.0], [7, 30, 7, 500, 2]  # ranks: 3, 1, 0, 2, 4
+    assert head_median_tail(accuracy, counts, (2 / 5, 4 / 5)) == {"head": 30.0, "median": 10.0, "tail": 90.0}
+    assert head_median_tail(accuracy, counts, (0, 1)) == {"head": None, "median": 40.0, "tail": None}
+    places = head_median_tail([float(c) for c in range(365)], list(range(365, 0, -1)), (131 / 365, 259 / 365))
+    assert places == {"head": 65.0, "median": (131 + 258) / 2, "tail": (259 + 364) / 2}
+    for bad in ((0.8, 0.4), (-0.1, 0.5), (0.5, 1.1)):
+        with pytest.raises(ValueError):
+            head_median_tail(accuracy, counts, bad)
+    with pytest.raises(ValueError):
+        head_median_tail(accuracy[:4], counts, (0.2, 0.4))
 
 
 # ---------------------------------------------------------------- calibration
@@ -271,6 +285,17 @@ def test_scores_are_accuracy_and_calibration_of_the_softmax():
 def test_weight_norms_are_one_a_class():
     weight = torch.tensor([[3.0, 4.0], [0.0, 0.0], [-5.0, 12.0]], requires_grad=True)
     assert classifier_weight_norms(weight) == [5, 0, 13]
+
+
+def test_a_classifier_s_rows_go_from_the_most_to_the_least_frequent_class():
+    classifier = torch.nn.Linear(2, 3)
+    classifier.weight.data = torch.tensor([[3.0, 4.0], [0.0, 1.0], [6.0, 8.0]])
+    classifier.bias.data = torch.tensor([0.5, -1.0, 2.0])
+    assert classifier_by_frequency(classifier, np.array([5, 90, 5])) == {
+        "weight_norms": [1.0, 5.0, 10.0], "biases": [-1.0, 0.5, 2.0]}
+    classifier.bias = None
+    assert classifier_by_frequency(classifier, [1, 2, 3]) == {"weight_norms": [10.0, 1.0, 5.0],
+                                                              "biases": None}
 
 
 def test_a_table_shows_a_dash_for_an_empty_group_and_leaves_out_unused_columns():

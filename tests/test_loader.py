@@ -14,7 +14,7 @@ from PIL import Image
 from common.data import Dataset, ImageFiles, Images, load
 from common.loader import (AUGMENTATIONS, CHUNK, UnreadableImage, color_jitter_gray, make_loader, mix_seed,
                            mixup_cutmix, rand_augment, random_box, random_erasing,
-                           random_resized_crop_flip, split_batches)
+                           random_resized_crop_flip, resize, split_batches)
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -170,6 +170,18 @@ def test_standard_augmentation_draws_every_crop_and_flip_equally_often():
 def test_a_repeated_image_is_cropped_anew():
     images, _ = by_position(tiny(random_images(3)), [1, 1, 2, 1], 2, augmentation="standard")
     assert not torch.equal(images[0], images[1]) and not torch.equal(images[0], images[3])
+
+
+def test_resizing_is_torchvision_s_and_leaves_images_of_that_side_alone():
+    from torchvision.transforms.v2 import functional as tv
+    images = torch.randn(3, 3, 12, 12).contiguous(memory_format=torch.channels_last)
+    for side in (5, 24, 17):
+        out = resize(images, side)
+        assert torch.allclose(out, tv.resize(images, [side, side], antialias=True), atol=1e-5)
+        assert out.shape == (3, 3, side, side) and out.is_contiguous(memory_format=torch.channels_last)
+    assert resize(images, 12) is images
+    stripes = torch.tensor([-1.0, 1.0]).repeat(12).expand(1, 1, 24, 24)  # would alias to one of its colours
+    assert resize(stripes, 6).abs().max() < 0.3
 
 
 # ---------------------------------------------------------------- the same images for any ranks, any resume

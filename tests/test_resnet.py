@@ -9,7 +9,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.resnet import ARCHS, BasicBlock, CifarResNet, CosineClassifier, build_backbone
+from common.resnet import (ARCHS, BasicBlock, CifarResNet, CosineClassifier, build_backbone, build_encoder,
+                           fold_batch_norm)
 
 ROOT = Path(__file__).parent.parent
 
@@ -180,6 +181,72 @@ def test_an_unknown_architecture_is_told_the_known_ones():
         build_backbone("resnet99")
     assert all(arch in str(caught.value) for arch in ARCHS)
     assert set(ARCHS) == {"resnet14", "resnet20", "resnet32", *BLOCKS}
+
+
+# ---------------------------------------------------------------- frozen encoders
+
+def with_statistics(net):
+    """The net with batch norms that do something."""
+    generator = torch.Generator().manual_seed(0)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value, low in ((module.running_mean, -0.3), (module.running_var, 0.5),
+                               (module.weight.data, 0.5), (module.bias.data, -0.3)):
+                value.copy_(low + torch.rand(value.shape, generator=generator))
+    return net.eval()
+
+
+# a map's width and stride; the pieces of torchvision's net before its pooling
+ENCODERS = {"resnet14": (64, 4), "resnet18": (512, 32), "efficientnet_b0": (1280, 32),
+            "mobilenet_v3_small": (576, 32), "regnet_x_400mf": (400, 32)}
+
+
+@pytest.mark.parametrize("arch", ENCODERS)
+def test_a_frozen_encoder_gives_the_net_s_last_map_with_batch_norm_folded(arch):
+    torch.manual_seed(0)
+    if arch == "resnet14":
+        net = with_statistics(CifarResNet(14))
+        before_pooling = lambda x: net.blocks(F.relu(net.bn1(net.conv1(x))))
+    else:
+        from torchvision.models import get_model
+        net = with_statistics(get_model(arch))
+        before_pooling = net.features if hasattr(net, "features") else \
+            lambda x: nn.Sequential(*list(net.children())[:-2])(x)
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    encoder, images = build_encoder(arch, state), torch.randn(2, 3, 64, 64)
+    assert (encoder.feature_dim, encoder.stride) == ENCODERS[arch]
+    with torch.no_grad():
+        expected = before_pooling(images)
+    for mode in (True, False):  # it has no training mode
+        near = 1e-4 * expected.abs().max().item()
+        assert torch.allclose(encoder.train(mode)(images), expected, rtol=1e-3, atol=near)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules())
+    assert not any(p.requires_grad for p in encoder.parameters())
+    wrapped = build_encoder(arch, {"state_dict": state})
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), wrapped.parameters()))
+
+
+def test_folding_leaves_the_net_itself_alone():
+    net = with_statistics(CifarResNet(8))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    folded, images = fold_batch_norm(net), torch.randn(2, 3, 16, 16)
+    assert torch.allclose(folded(images), net(images), atol=1e-4)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_an_encoder_s_weights_load_strictly_but_for_a_classifier():
+    state = CifarResNet(14).state_dict()
+    build_encoder("resnet14", {**state, "fc.weight": torch.zeros(9, 64), "fc.bias": torch.zeros(9)})
+    short = {name: value for name, value in state.items() if name != "conv1.weight"}
+    for bad in (short, {**state, "extra": torch.zeros(1)}, CifarResNet(20).state_dict()):
+        with pytest.raises(ValueError, match="these weights are not a resnet14's"):
+            build_encoder("resnet14", bad)
+    for arch in ("resnet99", "vgg11", "vit_b_16", "lenet"):
+        with pytest.raises(ValueError, match="unknown encoder"):
+            build_encoder(arch)
+    with pytest.raises(ValueError, match="no ImageNet weights for resnet14"):
+        build_encoder("resnet14", "ImageNet-1K")
 
 
 # ---------------------------------------------------------------- cosine classifier
