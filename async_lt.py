@@ -29,7 +29,7 @@ Where we depart, or had to choose ([L]: hshustc/CVPR19_Incremental_Learning, whi
 
     python async_lt.py                                                # embedded images
     python async_lt.py --dataset cifar100_lt
-    torchrun --nproc_per_node 8 async_lt.py --dataset folder --data-dir /data/imagenet_lt --recipe imagenet_lt
+    torchrun --nproc_per_node 8 async_lt.py --dataset imagenet_lt --data-dir /data/imagenet
 
 What to expect: not measured yet. The code is tested, its recipes marked as ours are first guesses.
 """

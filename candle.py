@@ -32,7 +32,7 @@ Where we depart, or had to choose:
     python candle.py                                                  # embedded images
     python candle.py --ablation
     python candle.py --dataset cifar100_lt --teacher resnet152
-    torchrun --nproc_per_node 8 candle.py --dataset folder --data-dir /data/places_lt --recipe places_lt
+    torchrun --nproc_per_node 8 candle.py --dataset places_lt --data-dir /data/places
 
 What to expect: not measured yet.
 """

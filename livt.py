@@ -30,7 +30,7 @@ Where we depart, or had to choose ([G]: XuZhengzhuo/LiVT@68546ef and the logs it
 
     python livt.py                                                    # embedded images
     python livt.py --dataset cifar100_lt --loss balanced-bce bce ce balanced-ce
-    torchrun --nproc_per_node 8 livt.py --dataset folder --data-dir /data/imagenet_lt --recipe imagenet_lt
+    torchrun --nproc_per_node 8 livt.py --dataset imagenet_lt --data-dir /data/imagenet
 
 The paper's other comparisons, flags to add: --from-scratch --loss ce --augment plain is the row "ViT", with
 --augment strong a DeiT-like one; --images-per-class 160 is ImageNet-BAL; --stage bft --mgp-checkpoint FILE
