@@ -63,7 +63,7 @@ RECIPES = {name: {  # appendix A.5: epochs, batch size, lr, Adam, weight decay, 
         # head_median: where head and median end (Table 8; [D]), as fractions of the classes
         "fashion_lt": dict(  # all ours
             arch="reactnet_18", student_width=0.25, student_resolution=32, teacher="resnet14",
-            teacher_weights="embedded", resolutions=[16, 32, 48], smoothing=[0.1, 0.0], epochs=20,
+            teacher_weights="embedded", resolutions=[16, 32, 48], smoothing=[0.1, 0.0], epochs=15,
             batch_size=32, calibration_epochs=5, evaluate_every=5, head_median=[3 / 10, 7 / 10],
             quick=dict(epochs=5, calibration_epochs=2)),
         # smoothing [head, tail]: MiSLAS's for CIFAR, by imbalance factor; [D]'s elsewhere
