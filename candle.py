@@ -17,20 +17,24 @@ Where we depart, or had to choose:
   gradients; lambda has its own learning rate, 1e-3 as [D].
 - paper: where single-resolution rows match features is open / here: a 1x1 convolution behind the student
   takes its map to the teacher's width, as [D]; with several resolutions the student's own map is compared.
-- paper: the ablation has one teacher / here: two, calibrated alike, because a classifier of three
-  resolutions cannot read the features of one.
+- paper: the ablation's rows have one teacher each or in common, open / here: two, calibrated alike, because a
+  classifier of three resolutions cannot read the features of one.
 - paper: baseline "without calibrating with feature distillation" / here: labels and L_FS, half each: our
   reading; without calibration there is no teacher classifier to follow.
 - paper: calibration's schedule open / here: SGD as MiSLAS's second stage; smoothing factors are MiSLAS's for
   CIFAR and [D]'s elsewhere; samples are class-balanced, each class exactly as often.
-- [D]: a crop for each resolution, colour jitter / here: one crop and flip, resized on the device.
+- [D]: a crop for each resolution, colour jitter, on CIFAR with one resolution no crop / here: one crop and
+  flip in every row, resized on the device.
+- paper: ImageNet-21K's EfficientNet teaches the large sets / here: torchvision's, which knows ImageNet-1K
+  alone; --teacher-weights takes others of that shape.
 - ReActNet: weights start at rand * .001 / here: as Conv2d's, because batch norm's epsilon is comparable to
   the variance that such small weights leave.
 - Figure 5's student with all resolutions is not described / here: its pooled features are their mean.
 - Under torchrun and --grad-accumulation lambda belongs to one rank's part of a batch.
 
     python candle.py                                                  # embedded images
-    python candle.py --ablation
+    python candle.py --ablation                                       # Table 3's four rows
+    python candle.py --export runs/candle_fashion_lt_seed0/student.pt # 1-bit weights, for deployment
     python candle.py --dataset cifar100_lt --teacher resnet152
     torchrun --nproc_per_node 8 candle.py --dataset places_lt --data-dir /data/places
 
