@@ -388,8 +388,10 @@ class _Files(torch.utils.data.Dataset):
 
 
 def _leave_signals_to_the_parent(worker):
-    for number in (signal.SIGINT, signal.SIGTERM):  # they come to the whole process group
-        signal.signal(number, signal.SIG_IGN)
+    """Signals to the whole process group must leave the parent its batch: SIGINT does nothing to a worker,
+    SIGTERM ends it half a minute later."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
 class _EpochChunks:
@@ -454,6 +456,7 @@ class StreamedLoader:
             if len(readable) < len(reasons):
                 bad = [reason for reason in reasons if reason]
                 if not self.skip_bad:
+                    self.loader = chunks = None  # ends the worker processes
                     raise UnreadableImage(f"cannot decode {bad[0]} (--skip-bad-images leaves such files out)")
                 self.bad_images.update(bad)
                 self.bad_indices.update(int(indices[p]) for p, reason in zip(positions, reasons) if reason)
