@@ -31,7 +31,9 @@ Where we depart, or had to choose ([L]: hshustc/CVPR19_Incremental_Learning, whi
     python async_lt.py --dataset cifar100_lt
     torchrun --nproc_per_node 8 async_lt.py --dataset imagenet_lt --data-dir /data/imagenet
 
-What to expect: not measured yet. The code is tested, its recipes marked as ours are first guesses.
+What to expect (last epoch, all classes; results/async_lt.md): embedded images, 5 seeds: plain 78.6 +- .6, two
+phases 79.2 +- .8, its rarest classes 43.4 -> 53.6. 100 classes of Tiny-ImageNet in CIFAR-100-LT's shape, 30
+epochs, 3 seeds: plain 27.6 +- .4, two phases 29.6 +- 1.0; without the retentive loss 27.6 (1 seed).
 """
 import argparse
 import copy
