@@ -8,7 +8,9 @@ Under torchrun every rank calls with the same list and gets its slice of each gl
 number of an augmentation is a function of (seed, epoch, position in the list): it does not change with the
 number of ranks, the number of workers, or a resumed run.
 """
+import atexit
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -394,6 +396,15 @@ def _leave_signals_to_the_parent(worker):
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
+def _kill_workers():
+    """When the process ends: multiprocessing would send them SIGTERM and wait for them."""
+    if hasattr(signal, "SIGCHLD"):  # torch's handler would take it for an accident
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 class _EpochChunks:
     """A batch sampler that is told its batches before every epoch, so that worker processes live on. It cuts
     them into chunks, so that all workers make the first batch together instead of one batch each."""
@@ -429,6 +440,7 @@ class StreamedLoader:
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.batch_size, self.rank, self.ranks, self.accumulation = batch_size, rank, ranks, accumulation
         self.num_images = len(split)
+        atexit.register(_kill_workers)
         ahead = min(2 * batch_size // (ranks * accumulation * CHUNK), CHUNKS_AHEAD)  # of all workers together
         self.loader = torch.utils.data.DataLoader(
             _Files(split, transform, blank, seed), batch_sampler=self.sampler, num_workers=workers,
