@@ -46,6 +46,26 @@ def shot_accuracy(predictions, targets, class_counts):
     return scores
 
 
+def head_median_tail(per_class_accuracy, class_counts, ends):
+    """Mean per-class accuracy of the most frequent classes, of the next and of the rest, by rank alone.
+
+    per_class_accuracy: C percentages, None where the class has no test image. class_counts: [C]; ties go by
+    id. ends: where head and median end, as fractions of the C classes. Returns {"head", "median", "tail"}:
+    percent, None for a group without (tested) classes. Raises ValueError.
+    """
+    counts = torch.as_tensor(class_counts)
+    if len(per_class_accuracy) != len(counts) or not 0 <= ends[0] <= ends[1] <= 1:
+        raise ValueError(f"{len(counts)} classes, {len(per_class_accuracy)} accuracies; head and median must "
+                         f"end in this order within [0, 1], got {list(ends)}")
+    order = counts.argsort(descending=True, stable=True).tolist()
+    first, second = (round(end * len(order)) for end in ends)
+    result = {}
+    for name, members in (("head", order[:first]), ("median", order[first:second]), ("tail", order[second:])):
+        tested = [per_class_accuracy[c] for c in members if per_class_accuracy[c] is not None]
+        result[name] = sum(tested) / len(tested) if tested else None
+    return result
+
+
 def calibration_error(probabilities, targets, bins=15):
     """Expected and maximum calibration error (Guo et al., ICML 2017), in percent.
 
@@ -96,6 +116,15 @@ def nearest_class_mean(train_features, train_targets, test_features, num_classes
 def classifier_weight_norms(weight):
     """Euclidean norm of every class's weight vector: [C, D] -> a list of C floats."""
     return weight.detach().float().norm(dim=1).tolist()
+
+
+def classifier_by_frequency(classifier, class_counts):
+    """A linear or cosine classifier's rows from the most to the least frequent class (ties by id):
+    {"weight_norms": C floats, "biases": C floats, or None for a classifier without a bias}."""
+    order = torch.as_tensor(class_counts).argsort(descending=True, stable=True).tolist()
+    bias = getattr(classifier, "bias", None)
+    return {"weight_norms": classifier_weight_norms(classifier.weight[order]),
+            "biases": None if bias is None else bias[order].tolist()}
 
 
 class Diverged(ValueError):

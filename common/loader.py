@@ -49,6 +49,14 @@ def normalise(images, mean, std):
     return images.sub_(255 * mean).div_(255 * std)
 
 
+def resize(images, side):
+    """Images [N, C, H, H] -> [N, C, side, side], bilinear, antialiased; the same tensor where H is side."""
+    if images.shape[-1] == side:
+        return images
+    return torch.nn.functional.interpolate(images, (side, side), mode="bilinear", align_corners=False,
+                                           antialias=True).contiguous(memory_format=torch.channels_last)
+
+
 def split_batches(num_indices, batch_size, rank=0, ranks=1, accumulation=1, first_step=0):
     """Positions of one rank's parts: yields (positions: a range, share, ends_step) for a list of that length.
 

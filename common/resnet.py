@@ -9,6 +9,8 @@ import torch.nn.functional as F
 CIFAR_DEPTHS = {"resnet14": 14, "resnet20": 20, "resnet32": 32}
 IMAGENET_ARCHS = ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 ARCHS = (*CIFAR_DEPTHS, *IMAGENET_ARCHS)
+# torchvision's nets that `build_encoder` knows how to cut before their pooling
+FAMILIES = ("resnet", "resnext", "wide_resnet", "regnet", "efficientnet", "mobilenet", "convnext")
 
 
 class BasicBlock(nn.Module):
@@ -79,7 +81,7 @@ class _WithoutLastReLU(nn.Module):
         return out + (x if block.downsample is None else block.downsample(x))
 
 
-def _pretrained_weights(arch):
+def imagenet_weights(arch):
     """torchvision's ImageNet-1K weights by name, from its cache or downloaded. Raises ValueError offline."""
     from torchvision.models import get_model_weights
     weights = get_model_weights(arch).IMAGENET1K_V1
@@ -103,7 +105,7 @@ def _torchvision_resnet(arch, image_size, last_relu, pretrained):
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
     if pretrained:
-        net.load_state_dict(_pretrained_weights(arch))
+        net.load_state_dict(imagenet_weights(arch))
     net.feature_dim = net.fc.in_features
     net.fc = nn.Identity()
     if not last_relu:
@@ -150,3 +152,54 @@ class CosineClassifier(nn.Module):
         # bf16 rounds cosines to 3 digits, so this small product leaves autocast
         with torch.autocast(features.device.type, enabled=False):
             return self.scale * F.normalize(features.float(), dim=1) @ F.normalize(self.weight, dim=1).t()
+
+
+def fold_batch_norm(net):
+    """A frozen copy of a net in which batch norm right behind a convolution is part of its weights and bias.
+
+    net: any module that torch.fx can trace; it is put in eval mode. The copy computes what the net does in
+    eval mode, 1.1 to 1.3 times as fast on a CPU, and needs no gradient.
+    """
+    from torch.fx.experimental.optimization import fuse
+    return fuse(net.eval()).eval().requires_grad_(False)
+
+
+def build_encoder(arch, state=None):
+    """A frozen backbone that ends in its last map, batch norm folded: images [N, 3, H, W] -> [N, D, h, w].
+
+    arch: a CIFAR ResNet, or torchvision's name of a ResNet, EfficientNet or another net of `FAMILIES`. state:
+    its state dict, with or without a classifier, itself or as {"state_dict": ...}, loaded strictly; or
+    "ImageNet-1K", torchvision's; None: random weights. D is `.feature_dim`, `.stride` the pixels of the image
+    a pixel of the map. Raises ValueError for an unknown name, and for a state that is not to be had or does
+    not fit.
+    """
+    if arch in CIFAR_DEPTHS:
+        net = CifarResNet(CIFAR_DEPTHS[arch])
+    else:
+        from torchvision.models import get_model, list_models
+        if not arch.startswith(FAMILIES) or arch not in list_models():
+            raise ValueError(f"unknown encoder {arch!r}; known: {', '.join(CIFAR_DEPTHS)}, and torchvision's "
+                             f"{', '.join(FAMILIES)}")
+        net = get_model(arch, weights=None)
+    if state == "ImageNet-1K":
+        if arch in CIFAR_DEPTHS:
+            raise ValueError(f"there are no ImageNet weights for {arch}; name a file of your own weights")
+        state = imagenet_weights(arch)
+    if state is not None:
+        state = state.get("state_dict", state)
+        of_classifier = lambda values, yes: {key: value for key, value in values.items()
+                                             if key.startswith(("fc.", "classifier.")) == yes}
+        try:
+            net.load_state_dict({**of_classifier(net.state_dict(), True), **of_classifier(state, False)})
+        except RuntimeError as reason:
+            raise ValueError(f"these weights are not a {arch}'s: {' '.join(str(reason).split())[:200]}") \
+                from reason
+    if arch in CIFAR_DEPTHS:
+        encoder = nn.Sequential(net.conv1, net.bn1, nn.ReLU(), net.blocks)
+    else:  # without pooling and classifier
+        encoder = net.features if hasattr(net, "features") else nn.Sequential(*list(net.children())[:-2])
+    encoder = fold_batch_norm(encoder)
+    with torch.no_grad():
+        shape = encoder(torch.zeros(1, 3, 224, 224)).shape
+    encoder.feature_dim, encoder.stride = shape[1], 224 // shape[2]
+    return encoder

@@ -76,13 +76,13 @@ def check_flags(args, device):
     for flag in ("epochs", "batch_size", "grad_accumulation", "evaluate_every", "second_stage_epochs",
                  "phase_two_epochs", "memory_per_class", "mgp_epochs", "mgp_batch_size", "images_per_class",
                  "image_size", "patch_size", "width", "depth", "heads", "decoder_width", "decoder_depth",
-                 "decoder_heads"):
+                 "decoder_heads", "calibration_epochs"):
         value = getattr(args, flag, None)
         if value is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
     for flag in ("lr", "weight_decay", "second_stage_lr", "time_limit", "feature_lr", "phase_two_lr",
                  "lambda_scale", "scale", "lr_gamma", "mgp_lr", "warmup_epochs", "mgp_warmup_epochs", "tau",
-                 "mixup", "cutmix"):
+                 "mixup", "cutmix", "calibration_lr", "balance_lr"):
         value = getattr(args, flag, None)
         if value is not None and not 0 <= value < float("inf"):
             raise ValueError(f"--{flag.replace('_', '-')} must be a number that is not negative, got {value}")
@@ -133,6 +133,21 @@ def autocast(device, enabled):
     enabled = enabled and supports_bf16(device)
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled) if enabled \
         else contextlib.nullcontext()
+
+
+def peak_memory(device):
+    """The most memory in MiB since the last call, which it starts anew: of a GPU's tensors; on Linux of this
+    process with all it imported; None elsewhere."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**20
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not os.access(reset, os.W_OK):
+        return None
+    peak = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+    reset.write_text("5")
+    return int(peak[0]) / 1024 if peak else None
 
 
 def derive_seed(*parts):

@@ -1,23 +1,40 @@
-"""Rebuild the embedded data set: python -m common.assets.make [--source DIR] [--out FILE]
+"""Rebuild what is embedded:  python -m common.assets.make [--pretrain] [--source DIR] [--out FILE]
 
 fashion_lt.npz is cut from Fashion-MNIST (Zalando Research, MIT licence, see NOTICE): a long-tailed training
 set at imbalance factor 100 (1000 images in the head class), 100 validation images a class from the rest of
-the training set, and 200 test images a class. DIR holds the four original *-ubyte.gz files (Debian's package
-dataset-fashion-mnist has them in /usr/share/datasets/fashion-mnist); without it torchvision downloads them.
-The same files give the same arrays.
+the training set, and 200 test images a class. The same files give the same arrays.
+
+fashion_teacher.pt (--pretrain) is CANDLE's off-the-shelf teacher for it: a ResNet-14 that learnt from 2000
+images a class of what is left of Fashion-MNIST's training set, in no split of fashion_lt.npz. It never saw a
+label: it was trained to tell by how many quarter turns an image was rotated (Gidaris et al., ICLR 2018). So
+it stands for weights that are not long-tailed and not made for the task, as ImageNet's are, but it knows much
+less than they do. The same recipe gives the same accuracy within a point. --images FILE.npz pre-trains on the
+training images of another set instead.
+
+DIR holds the four original *-ubyte.gz files (Debian's package dataset-fashion-mnist has them in
+/usr/share/datasets/fashion-mnist); without it torchvision downloads them.
 """
 import argparse
 import gzip
+import math
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
 
-from common.data import FASHION_ORDER, long_tail_counts, long_tail_indices
+from common import runtime
+from common.data import FASHION_ORDER, load, long_tail_counts, long_tail_indices
+from common.loader import CROP_PADDING, normalise, random_crop_flip
+from common.resnet import CIFAR_DEPTHS, build_backbone
 
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
                "Ankle boot")
 FILES = {part: (f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz")
          for part, prefix in (("train", "train"), ("test", "t10k"))}
+TEACHER_IMAGES = 2000  # a class
 
 
 def read_fashion_mnist(source, part):
@@ -28,33 +45,110 @@ def read_fashion_mnist(source, part):
             np.frombuffer(labels, np.uint8, offset=8))
 
 
-def fashion_lt(source):
-    """The arrays of fashion_lt.npz, from the four files in `source`."""
-    x, y = read_fashion_mnist(source, "train")
-    x_test, y_test = read_fashion_mnist(source, "test")
+def split_fashion_mnist(y):
+    """Indices of the embedded training images, of the validation images, and of the teacher's, from the
+    labels of Fashion-MNIST's training set. No image is in two of them."""
     counts = np.zeros(10, np.int64)
     counts[list(FASHION_ORDER)] = long_tail_counts(10, 1000, 100)
     # One draw a class: its first images train, the 100 behind them validate
     drawn = np.split(long_tail_indices(y, counts + 100, seed=0), np.cumsum(counts + 100)[:-1])
-    train = np.concatenate([indices[:count] for indices, count in zip(drawn, counts)])
-    val = np.concatenate([indices[count:] for indices, count in zip(drawn, counts)])
+    rest = np.setdiff1d(np.arange(len(y)), np.concatenate(drawn))
+    available = np.bincount(y[rest], minlength=10)
+    teacher = rest[long_tail_indices(y[rest], np.minimum(available, TEACHER_IMAGES), seed=0)]
+    return (np.concatenate([indices[:count] for indices, count in zip(drawn, counts)]),
+            np.concatenate([indices[count:] for indices, count in zip(drawn, counts)]), teacher)
+
+
+def fashion_lt(source):
+    """The arrays of fashion_lt.npz, from the four files in `source`."""
+    x, y = read_fashion_mnist(source, "train")
+    x_test, y_test = read_fashion_mnist(source, "test")
+    train, val, _ = split_fashion_mnist(y)
     test = long_tail_indices(y_test, [200] * 10, seed=0)
     return {"x_train": x[train], "y_train": y[train], "x_val": x[val], "y_val": y[val],
             "x_test": x_test[test], "y_test": y_test[test], "class_names": np.array(CLASS_NAMES)}
 
 
+def turned(images):
+    """The four quarter turns of images [N, 3, H, H], one behind the other [4 N, 3, H, H], and which turn each
+    is [4 N]."""
+    turns = torch.arange(4, device=images.device).repeat_interleave(len(images))
+    return torch.cat([images.rot90(k, (2, 3)) for k in range(4)]).contiguous(
+        memory_format=torch.channels_last), turns
+
+
+def pretrain(images, test_images, mean, std, arch="resnet14", epochs=5, batch_size=64, lr=0.1, seed=0):
+    """Train a CIFAR ResNet to tell quarter turns apart.
+
+    images, test_images: uint8 [n, H, H, 3]. mean, std: per channel, that the net's images are normalised by.
+    batch_size: images, each of which a step sees in all four turns. Returns (the backbone, percent of
+    test_images' turns that it tells).
+    """
+    torch.manual_seed(runtime.derive_seed(seed, "pretrain"))
+    device = runtime.choose_device()
+    autocast = runtime.autocast(device, True)
+    net = nn.Sequential(build_backbone(arch), nn.Linear(64, 4)).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+    side, steps = images.shape[1], len(images) // batch_size
+    padded = F.pad(torch.from_numpy(images).to(device), (0, 0, *[CROP_PADDING] * 4))
+    mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    for epoch in range(epochs):
+        generator = runtime.generator(seed, "pretrain", epoch)
+        order = torch.randperm(len(images), generator=generator)
+        uniforms = torch.rand(len(images), 3, generator=generator).to(device)
+        for step in tqdm(range(steps), f"epoch {epoch + 1} of {epochs}", leave=False):
+            chosen = order[step * batch_size:(step + 1) * batch_size].to(device)
+            crops = random_crop_flip(padded, chosen, uniforms[chosen], side)
+            batch, turns = turned(normalise(crops, mean, std))
+            with autocast():
+                loss = F.cross_entropy(net(batch), turns)
+            optimizer.zero_grad()
+            loss.backward()
+            progress = (epoch + step / steps) / epochs
+            optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * progress))
+            optimizer.step()
+        print(f"epoch {epoch + 1} of {epochs}: loss of the last step {loss.item():.3f}", flush=True)
+    net.eval()
+    correct = 0
+    with torch.no_grad(), autocast():
+        for part in torch.from_numpy(test_images).to(device).split(256):
+            batch, turns = turned(normalise(part, mean, std))
+            correct += (net(batch).argmax(1) == turns).sum().item()
+    return net[0].cpu(), 100 * correct / (4 * len(test_images))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--source", help="folder of the four *-ubyte.gz files; downloads them if left out")
-    parser.add_argument("--out", default=str(Path(__file__).parent / "fashion_lt.npz"))
+    parser.add_argument("--out", help="file to write (the embedded one)")
+    parser.add_argument("--pretrain", action="store_true", help="the teacher instead of the images")
+    parser.add_argument("--images", metavar="FILE.npz", help="pre-train on this set's training images")
+    parser.add_argument("--arch", choices=CIFAR_DEPTHS, default="resnet14", help="of the teacher")
+    parser.add_argument("--epochs", type=int, default=5, help="of pre-training")
     args = parser.parse_args(argv)
     source = args.source
-    if source is None:
+    if source is None and not args.images:
         from torchvision.datasets import FashionMNIST
         FashionMNIST("data", download=True)
         source = "data/FashionMNIST/raw"
-    np.savez_compressed(args.out, **fashion_lt(source))
-    print(f"wrote {args.out}: {Path(args.out).stat().st_size / 1e6:.2f} MB")
+    embedded = "fashion_teacher.pt" if args.pretrain else "fashion_lt.npz"
+    out = Path(args.out or Path(__file__).parent / embedded)
+    if args.pretrain:
+        data = load(args.images or "fashion_lt")  # its mean and std are those that candle.py normalises by
+        images, test_images = data.train.images, (data.val or data.test).images
+        if not args.images:
+            x, y = read_fashion_mnist(source, "train")
+            images = np.pad(x[split_fashion_mnist(y)[2]], ((0, 0), (2, 2), (2, 2)))  # 28 -> 32 pixels
+            images = np.repeat(images[..., None], 3, axis=3)
+        net, accuracy = pretrain(images, test_images, data.mean, data.std, args.arch, args.epochs)
+        # the difference between half and single precision is far below that between two seeds
+        state = {name: value.half() if value.is_floating_point() else value
+                 for name, value in net.state_dict().items()}
+        torch.save({"arch": args.arch, "state_dict": state, "rotation_accuracy": accuracy}, out)
+        print(f"tells {accuracy:.1f}% of {4 * len(test_images)} quarter turns of images it never saw")
+    else:
+        np.savez_compressed(out, **fashion_lt(source))
+    print(f"wrote {out}: {out.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
