@@ -105,16 +105,16 @@ def frozen_teacher(ours, fused):
 
 
 class Workload(NamedTuple):
-    """title: of its rows. build: one of the functions above; None for the data path alone. batch_size: images
-    a step. steps: timed ones in a round on a CPU. goals: {(ours, peer), two of `VARIANTS`: {"ratio", "share":
-    at least; "memory": ours over the peer's, at most}}. side: of a frozen net's images in pixels."""
+    """build: one of the functions above; None for the data path alone. batch_size: images a step. steps:
+    timed ones in a round on a CPU. goals: {(ours, peer), two of `VARIANTS`: {"ratio", "share": at least;
+    "memory": ours over the peer's, at most}}. side: of the images in pixels, a frozen net's alone not 32."""
     title: str
     build: Callable
     batch_size: int
     steps: int
     goals: dict
     augmentation: str = "standard"
-    side: int = None
+    side: int = 32
     memory_batch_size: int = None
 
 
@@ -125,20 +125,20 @@ WORKLOADS = {
         ("ours", "peer, 2 workers"): dict(ratio=2.2, share=0.5),
         ("ours", "peer"): dict(ratio=1.7, share=0.5),
         ("ours, fp32", "peer"): dict(ratio=1.3, share=0.7)}),
-    "resnet18": Workload("resnet18 at 32 px", lambda *how: resnet("resnet18", *how), 128, 1, {
+    "resnet18": Workload("resnet18", lambda *how: resnet("resnet18", *how), 128, 1, {
         ("ours", "peer"): dict(ratio=2.3, share=0.85)}),
     "vit_finetuning": Workload("ViT-Tiny/4 fine-tuning", vit_finetuning, 128, 1, {
         ("ours", "peer"): dict(ratio=1.8)}),
     "vit_pretraining": Workload("ViT-Tiny/4 pre-training", vit_pretraining, 128, 2, {
         ("ours", "peer"): dict(ratio=1.4)}, "resized"),
-    "reactnet18": Workload("ReActNet-18 at 32 px (memory: batch 32)", reactnet, 16, 4, {
+    "reactnet18": Workload("ReActNet-18", reactnet, 16, 4, {
         ("ours", "peer"): dict(ratio=2.0, memory=0.55),
         ("ours, fp32", "peer"): dict(ratio=1.4, memory=0.55)}, memory_batch_size=32),
-    "teacher224": Workload("frozen ResNet-152 at 224 px", frozen_teacher, 8, 1, {
+    "teacher224": Workload("frozen ResNet-152", frozen_teacher, 8, 1, {
         ("ours", "peer"): dict(ratio=2.0, share=0.8)}, side=224),
-    "teacher480": Workload("frozen ResNet-152 at 480 px", frozen_teacher, 2, 1, {
+    "teacher480": Workload("frozen ResNet-152", frozen_teacher, 2, 1, {
         ("ours", "peer"): dict(ratio=2.0, share=0.8)}, side=480),
-    "data": Workload("data path alone at 32 px", None, 128, 80, {
+    "data": Workload("data path alone", None, 128, 80, {
         ("ours", "peer, 2 workers"): dict(ratio=10.0)}),
 }
 
@@ -251,12 +251,15 @@ def in_new_process(function, *arguments):
 def measure(name, npz, device, rounds, quick, memory):
     """A workload's rows: its goals, each with what was measured."""
     work, data = WORKLOADS[name], load(npz)
-    batch_size = 2 if quick else work.batch_size
-    steps = 1 if quick else work.steps * (40 if device.type == "cuda" and work.build else 1)
+    if quick:
+        work = work._replace(batch_size=2, steps=1, side=min(work.side, 64), memory_batch_size=2)
+    elif device.type == "cuda" and work.build:
+        work = work._replace(steps=40 * work.steps)
+    memory_batch_size = work.memory_batch_size or work.batch_size
     variants = [v for v in VARIANTS if any(v in pair for pair in work.goals)]
     amp = "ours" if work.build and runtime.supports_bf16(device) else None
     precision = {v: torch.bfloat16 if v == amp else torch.float32 for v in variants}
-    epochs = {v: prepare(work, data, device, batch_size, **VARIANTS[v]) for v in variants}
+    epochs = {v: prepare(work, data, device, work.batch_size, **VARIANTS[v]) for v in variants}
     rates, shares, flops, peaks = {v: [] for v in variants}, {v: [] for v in variants}, {}, {}
     for v in ("peer", "ours") if work.build else ():
         with FlopCounterMode(display=False) as counter:
@@ -264,14 +267,13 @@ def measure(name, npz, device, rounds, quick, memory):
         flops[v] = counter.get_total_flops() / images
     for number in range(rounds):
         for v in variants if number % 2 == 0 else variants[::-1]:
-            rates[v].append(images_per_second(epochs[v], steps, device))
+            rates[v].append(images_per_second(epochs[v], work.steps, device))
             if work.build:
                 floor = matmul_flops(precision[v], device)
                 shares[v].append(flops[v.split(",")[0]] * rates[v][-1] / floor)
     del epochs
     if memory and work.build:
-        size = 2 if quick else work.memory_batch_size or batch_size
-        peaks = {v: in_new_process(peak_memory, name, v, npz, str(device), size)
+        peaks = {v: in_new_process(peak_memory, name, v, npz, str(device), memory_batch_size)
                  for v in variants if v != "peer, 2 workers"}
         peaks["peer, 2 workers"] = peaks["peer"]
 
@@ -284,12 +286,14 @@ def measure(name, npz, device, rounds, quick, memory):
         if peaks.get(ours) is not None:
             values["memory"] = peaks[ours] / peaks[peer]
         rows.append({
-            "name": name, "workload": f"{work.title}, batch {batch_size}",
+            "name": name, "workload": f"{work.title}, {work.side} px, batch {work.batch_size}",
             "ours": {torch.bfloat16: "bf16", torch.float32: "fp32"}[precision[ours]], "peer": peer, **values,
             "ratio_range": [min(ratios), max(ratios)],
             "images_per_second": [statistics.median(rates[v]) for v in (peer, ours)],
             "share_of_floor": [statistics.median(shares[v]) for v in (peer, ours)] if work.build else None,
+            "gflop_per_image": [flops[v.split(",")[0]] / 1e9 for v in (peer, ours)] if work.build else None,
             "peak_memory_mib": [peaks[v] for v in (peer, ours)] if peaks else None,
+            "memory_batch_size": memory_batch_size,
             "rounds": {peer: rates[peer], ours: rates[ours]},
             "to_reach": goals if device.type == "cpu" else {},
             "reached": {key: values[key] <= goal if key == "memory" else values[key] >= goal
@@ -297,12 +301,12 @@ def measure(name, npz, device, rounds, quick, memory):
     return rows
 
 
-def schedule(npz, device, epochs=200, peer_steps=170):
+def schedule(npz, device, epochs=200, peer_steps=170, flags=("--no-compile", "--compile")):
     """Rows of whole runs of cbd.py's first stage, against the peer's speed over `peer_steps` steps."""
     peer = images_per_second(prepare(WORKLOADS["resnet32"], load(npz), device, 128, ours=False, workers=4),
                              peer_steps, device)
     rows = []
-    for flag in ("--no-compile", "--compile"):
+    for flag in flags:
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             result = cbd.main(cbd.parse_args([
@@ -312,8 +316,8 @@ def schedule(npz, device, epochs=200, peer_steps=170):
         training = result["stages"][0]
         values = {"seconds": training["seconds"], "ratio": training["images_per_second"] / peer}
         rows.append({
-            "name": "schedule", "workload": f"cbd.py, ResNet-32, batch 128, {epochs} epochs", "ours": flag,
-            "peer": f"peer, 4 workers, {peer_steps} steps", **values, "whole_run_seconds": whole,
+            "name": "schedule", "workload": f"cbd.py, ResNet-32, 32 px, batch 128, {epochs} epochs",
+            "ours": flag, "peer": f"peer, 4 workers, {peer_steps} steps", **values, "whole_run_seconds": whole,
             "images_per_second": [peer, training["images_per_second"]],
             "to_reach": {"seconds": 30, "ratio": 20},
             "reached": {"seconds": values["seconds"] <= 30, "ratio": values["ratio"] >= 20}})
@@ -322,25 +326,30 @@ def schedule(npz, device, epochs=200, peer_steps=170):
 
 # ---------------------------------------------------------------- table
 
-def table(rows):
-    """The rows in Markdown, those of `schedule` with their seconds in place of a share and memory."""
-    pair = lambda values, form: f"{values[0]:{form}} -> {values[1]:{form}}" if values else "-"
+HEAD = """| workload | ours | against | images/s | ratio (range) | share of the floor | peak MiB | to reach | reached |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def table_line(row):
+    """A row in Markdown. Arrows go from the peer to ours; one of `schedule` has its seconds in a share's
+    place."""
+    arrow = lambda values, form: f"{values[0]:{form}} -> {values[1]:{form}}" if values else "-"
+    spread, share = "one run", arrow(row.get("share_of_floor"), ".2f")
+    memory = arrow(row.get("peak_memory_mib"), ".0f")
+    if "ratio_range" in row:
+        spread = "{:.2f} to {:.2f}".format(*row["ratio_range"])
+    if "seconds" in row:
+        share = f"training {row['seconds']:.1f} s, whole run {row['whole_run_seconds']:.1f} s"
+    if memory != "-" and f"batch {row['memory_batch_size']}" not in row["workload"]:
+        memory += f" (batch {row['memory_batch_size']})"
     words = {"ratio": "{:g}x", "share": "{:g} of the floor", "memory": "{:g} of the memory",
              "seconds": "{:g} s"}
-    lines = ["| workload | ours | against | images/s | ratio (range) | share of the floor | peak MiB "
-             "| to reach | reached |", "|---" * 9 + "|"]
-    for row in rows:
-        spread = "{:.2f}-{:.2f}".format(*row["ratio_range"]) if "ratio_range" in row else "one run"
-        share = f"training {row['seconds']:.1f} s, run {row['whole_run_seconds']:.1f} s" \
-            if "seconds" in row else pair(row["share_of_floor"], ".2f")
-        goals = [words[key].format(goal) for key, goal in row["to_reach"].items()]
-        reached = {True: "yes", False: "no", None: "not measured"}
-        lines.append("| " + " | ".join([
-            row["workload"], row["ours"], row["peer"], pair(row["images_per_second"], ".4g"),
-            f"{row['ratio']:.2f} ({spread})", share, pair(row.get("peak_memory_mib"), ".0f"),
-            ", ".join(goals) or "-",
-            ", ".join(reached[row["reached"].get(key)] for key in row["to_reach"]) or "-"]) + " |")
-    return "\n".join(lines)
+    answers = {True: "yes", False: "no", None: "not measured"}
+    return "| " + " | ".join([
+        row["workload"], row["ours"], row["peer"], arrow(row["images_per_second"], ".4g"),
+        f"{row['ratio']:.2f} ({spread})", share, memory,
+        ", ".join(words[key].format(goal) for key, goal in row["to_reach"].items()) or "-",
+        ", ".join(answers[row["reached"].get(key)] for key in row["to_reach"]) or "-"]) + " |"
 
 
 def main(argv=None):
@@ -361,16 +370,15 @@ def main(argv=None):
     names = args.only or [*WORKLOADS, *["schedule"] * (device.type == "cuda")]
     header = {"device": runtime.device_name(args.device), "versions": runtime.versions(),
               "git_commit": runtime.git_commit(), "argv": sys.argv[1:] if argv is None else argv}
-    print(f"{header['device']}, torch {torch.__version__}, medians of {args.rounds} rounds", flush=True)
+    print(f"{header['device']}, torch {torch.__version__}, medians of {args.rounds} rounds\n\n{HEAD}", flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         npz = f"{folder}/cifar100_lt_shape.npz"
         make_npz(npz)
         for name in names:
-            rows += schedule(npz, device) if name == "schedule" and not args.quick else \
+            rows += schedule(npz, device, 2 if args.quick else 200) if name == "schedule" else \
                 measure(name, npz, device, args.rounds, args.quick, args.memory)
-            print(f"{name}: done", file=sys.stderr, flush=True)
-    print(table(rows))
+            print("\n".join(table_line(row) for row in rows if row["name"] == name), flush=True)
     if out:  # each kind of device has its own entry
         content = json.loads(Path(out).read_text()) if Path(out).exists() else {}
         content[device.type] = {**header, "rows": rows}
