@@ -44,9 +44,11 @@ class Batch(NamedTuple):
 
 def normalise(images, mean, std):
     """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] (channels_last): pixels in [0, 1], minus mean, over std."""
-    mean, std = (torch.as_tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std))
-    images = images.permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
-    return images.sub_(255 * mean).div_(255 * std)
+    # Whole rows of pixels at once: tensor operations along 3 channels alone are 8 times as slow on a CPU
+    width = images.shape[2]
+    mean, std = (torch.as_tensor(values, device=images.device).repeat(width) for values in (mean, std))
+    rows = images.float().contiguous().flatten(2)
+    return rows.sub_(255 * mean).div_(255 * std).view(images.shape).permute(0, 3, 1, 2)
 
 
 def resize(images, side):
