@@ -95,11 +95,13 @@ def random_crop_flip(padded, indices, uniforms, size):
     Returns uint8 [N, size, size, 3]. The distribution of RandomCrop(size) of the padded image and a flip at
     .5.
     """
-    corner = (uniforms[:, :2] * (padded.shape[1] - size + 1)).long()
+    side = padded.shape[1]
+    corner = (uniforms[:, :2] * (side - size + 1)).long()
     span = torch.arange(size, device=padded.device)
-    rows = corner[:, :1] + span
+    rows = indices[:, None] * side + corner[:, :1] + span
     columns = corner[:, 1:] + torch.where(uniforms[:, 2:] < 0.5, span, size - 1 - span)
-    return padded[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
+    pixels = rows[:, :, None] * side + columns[:, None, :]  # [N, size, size], their places among all pixels
+    return padded.view(-1, 3).index_select(0, pixels.flatten()).view(*pixels.shape, 3)
 
 
 def _blend(images, other, factor):

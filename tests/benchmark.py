@@ -292,7 +292,7 @@ def measure(name, npz, device, rounds, quick, memory):
             "images_per_second": [statistics.median(rates[v]) for v in (peer, ours)],
             "share_of_floor": [statistics.median(shares[v]) for v in (peer, ours)] if work.build else None,
             "gflop_per_image": [flops[v.split(",")[0]] / 1e9 for v in (peer, ours)] if work.build else None,
-            "peak_memory_mib": [peaks[v] for v in (peer, ours)] if peaks else None,
+            "peak_memory_mib": [peaks[v] for v in (peer, ours)] if "memory" in values else None,
             "memory_batch_size": memory_batch_size,
             "rounds": {peer: rates[peer], ours: rates[ours]},
             "to_reach": goals if device.type == "cpu" else {},
@@ -317,7 +317,8 @@ def schedule(npz, device, epochs=200, peer_steps=170, flags=("--no-compile", "--
         values = {"seconds": training["seconds"], "ratio": training["images_per_second"] / peer}
         rows.append({
             "name": "schedule", "workload": f"cbd.py, ResNet-32, 32 px, batch 128, {epochs} epochs",
-            "ours": flag, "peer": f"peer, 4 workers, {peer_steps} steps", **values, "whole_run_seconds": whole,
+            "ours": flag, "peer": f"peer, 4 workers, {peer_steps} steps", **values,
+            "whole_run_seconds": whole,
             "images_per_second": [peer, training["images_per_second"]],
             "to_reach": {"seconds": 30, "ratio": 20},
             "reached": {"seconds": values["seconds"] <= 30, "ratio": values["ratio"] >= 20}})
@@ -326,8 +327,8 @@ def schedule(npz, device, epochs=200, peer_steps=170, flags=("--no-compile", "--
 
 # ---------------------------------------------------------------- table
 
-HEAD = """| workload | ours | against | images/s | ratio (range) | share of the floor | peak MiB | to reach | reached |
-|---|---|---|---|---|---|---|---|---|"""
+COLUMNS = ["workload", "ours", "against", "images/s", "ratio (range)", "share of the floor", "peak MiB",
+           "to reach", "reached"]
 
 
 def table_line(row):
@@ -366,11 +367,15 @@ def main(argv=None):
         device = runtime.choose_device(args.device)
         if args.rounds < 1 or device.type != "cuda" and "schedule" in (args.only or ()):
             raise ValueError("--rounds must be at least 1, and the whole schedule needs --device cuda")
-    out = args.out or (None if args.only or args.quick else "results/benchmark.json")
+        out = args.out or (None if args.only or args.quick else "results/benchmark.json")
+        if out and not Path(out).parent.is_dir():
+            raise ValueError(f"there is no folder {Path(out).parent} for {out}")
+        content = json.loads(Path(out).read_text()) if out and Path(out).exists() else {}
     names = args.only or [*WORKLOADS, *["schedule"] * (device.type == "cuda")]
     header = {"device": runtime.device_name(args.device), "versions": runtime.versions(),
               "git_commit": runtime.git_commit(), "argv": sys.argv[1:] if argv is None else argv}
-    print(f"{header['device']}, torch {torch.__version__}, medians of {args.rounds} rounds\n\n{HEAD}", flush=True)
+    print(f"{header['device']}, torch {torch.__version__}, medians of {args.rounds} rounds\n")
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         npz = f"{folder}/cifar100_lt_shape.npz"
@@ -380,7 +385,6 @@ def main(argv=None):
                 measure(name, npz, device, args.rounds, args.quick, args.memory)
             print("\n".join(table_line(row) for row in rows if row["name"] == name), flush=True)
     if out:  # each kind of device has its own entry
-        content = json.loads(Path(out).read_text()) if Path(out).exists() else {}
         content[device.type] = {**header, "rows": rows}
         runtime.atomic_write(out, lambda file: file.write(json.dumps(content, indent=1).encode()))
     return rows

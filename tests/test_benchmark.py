@@ -139,9 +139,8 @@ def test_quick_runs_every_row_and_writes_it(tmp_path, capsys):
 
 
 def test_peak_memory_is_that_of_the_steps_alone(npz):
-    measure = lambda size: benchmark.in_new_process(benchmark.peak_memory, "resnet32", "ours, fp32", npz, "cpu",
-                                                    size)
-    small, large = measure(8), measure(128)
+    how = (benchmark.peak_memory, "resnet32", "ours, fp32", npz, "cpu")
+    small, large = (benchmark.in_new_process(*how, size) for size in (8, 128))
     # 31 times a convolution's output, its norm's and (half of them) a ReLU's: at least 16 x 32 x 32 floats of
     # an image in the first third, half and a quarter of that in the others
     activations = 120 * 4 * 16 * 32 * 32 * 10 * (1 + 1 / 2 + 1 / 4) * 2 / 2**20
@@ -156,7 +155,8 @@ def test_a_whole_schedule_is_a_run_of_cbd(npz):
     assert "training" in benchmark.table_line(row)
 
 
-@pytest.mark.parametrize("flags", [["--rounds", "0"], ["--only", "schedule"], ["--only", "unknown"]])
+@pytest.mark.parametrize("flags", [["--rounds", "0"], ["--only", "schedule"], ["--only", "unknown"],
+                                   ["--out", "no/such/folder.json"]])
 def test_bad_flags_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         benchmark.main(flags)
