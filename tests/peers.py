@@ -92,13 +92,14 @@ class LearnableBias(nn.Module):
 
 
 class BinaryActivation(nn.Module):
-    """Bi-Real Net: sign forwards, the piecewise polynomial backwards, by autograd."""
+    """Bi-Real Net: sign forwards; backwards the derivative of a piecewise polynomial, by autograd. Masks are
+    turned into numbers where they are used, as ReActNet's public code does it."""
 
     def forward(self, x):
-        below, left, inside = ((x < edge).float() for edge in (-1, 0, 1))
-        out = -1 * below + (x * x + 2 * x) * (1 - below)
-        out = out * left + (2 * x - x * x) * (1 - left)
-        out = out * inside + 1 - inside
+        below, left, inside = x < -1, x < 0, x < 1
+        out = (-1) * below.float() + (x * x + x * 2) * (1 - below.float())
+        out = out * left.float() + (-x * x + x * 2) * (1 - left.float())
+        out = out * inside.float() + 1 * (1 - inside.float())
         return torch.sign(x).detach() - out.detach() + out
 
 
