@@ -46,9 +46,11 @@ class Batch(NamedTuple):
 
 def normalise(images, mean, std):
     """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] (channels_last): pixels in [0, 1], minus mean, over std."""
-    mean, std = (torch.as_tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std))
-    images = images.permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
-    return images.sub_(255 * mean).div_(255 * std)
+    # Whole rows of pixels at once: tensor operations along 3 channels alone are 8 times as slow on a CPU
+    width = images.shape[2]
+    mean, std = (torch.as_tensor(values, device=images.device).repeat(width) for values in (mean, std))
+    rows = images.float().contiguous().flatten(2)
+    return rows.sub_(255 * mean).div_(255 * std).view(images.shape).permute(0, 3, 1, 2)
 
 
 def resize(images, side):
@@ -95,11 +97,13 @@ def random_crop_flip(padded, indices, uniforms, size):
     Returns uint8 [N, size, size, 3]. The distribution of RandomCrop(size) of the padded image and a flip at
     .5.
     """
-    corner = (uniforms[:, :2] * (padded.shape[1] - size + 1)).long()
+    side = padded.shape[1]
+    corner = (uniforms[:, :2] * (side - size + 1)).long()
     span = torch.arange(size, device=padded.device)
-    rows = corner[:, :1] + span
+    rows = indices[:, None] * side + corner[:, :1] + span
     columns = corner[:, 1:] + torch.where(uniforms[:, 2:] < 0.5, span, size - 1 - span)
-    return padded[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
+    pixels = rows[:, :, None] * side + columns[:, None, :]  # [N, size, size], their places among all pixels
+    return padded.view(-1, 3).index_select(0, pixels.flatten()).view(*pixels.shape, 3)
 
 
 def _blend(images, other, factor):

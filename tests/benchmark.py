@@ -1,0 +1,394 @@
+"""Our training steps beside the loop that common CIFAR-LT code bases run, interleaved in one process.
+
+    python -m tests.benchmark                        # about 8 minutes on 2 idle cores
+    python -m tests.benchmark --only resnet32 data   # some rows, printed alone
+    python -m tests.benchmark --device cuda          # the same there, and whole schedules of cbd.py
+
+Ours is what the scripts run: `make_loader`, their nets in channels_last, bf16 autocast where it pays, their
+losses and optimisers, without schedule, logs and checkpoints. The peers' loop and nets are in tests/peers.py.
+
+In every round each variant does an epoch of a few steps; the first step, in which worker processes start and
+kernels are chosen, is not timed. Right behind it torch.mm is timed in the same precision: the floor. A ratio
+is ours over the peer's images per second in the same round; a share is what part of the floor's FLOP/s the
+products of the variant's own steps reach. Shown are medians over the rounds. Peak memory is that of two
+steps, above the imports, in processes of their own (without the peer's workers). Images are random bytes in
+CIFAR-100-LT's shape: speed does not depend on what they show. Goals are for 2 threads of a CPU with bf16.
+"""
+import argparse
+import contextlib
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from torch.utils.flop_counter import FlopCounterMode
+
+import cbd
+import livt
+from common import runtime
+from common.data import load, long_tail_counts
+from common.loader import make_loader
+from common.reactnet import ReActNet18
+from common.resnet import build_encoder
+from common.vit import MAE, VIT_SIZES, ViT, random_masking
+from tests import peers
+
+CLASSES, COUNTS = 100, long_tail_counts(100, 500, 100)  # CIFAR-100-LT
+VIT = dict(image_size=32, patch_size=4, **VIT_SIZES["tiny"])
+DECODER = dict(decoder_width=128, decoder_depth=1, decoder_heads=4)
+
+
+# ---------------------------------------------------------------- what is trained
+# Each returns a net, its loss of (images, targets), and a function that makes its optimiser
+
+def resnet(arch, ours, fused):
+    if ours:
+        net = cbd.CBDNet(arch, CLASSES)
+        loss_of = lambda images, targets: F.cross_entropy(net(images)[0], targets)
+    else:
+        net = peers.ResNet32(CLASSES)
+        if arch == "resnet18":
+            net = torchvision.models.resnet18(num_classes=CLASSES)
+            net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+        loss_of = lambda images, targets: F.cross_entropy(net(images), targets)
+    return net, loss_of, lambda: torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=5e-4, fused=fused)
+
+
+def vit_finetuning(ours, fused):
+    if not ours:
+        net = peers.TextbookViT(**VIT, num_classes=CLASSES)
+        return net, lambda images, targets: F.cross_entropy(net(images), targets), \
+            lambda: torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05)
+    net, counts = ViT(**VIT, num_classes=CLASSES), torch.tensor(COUNTS)
+    groups = livt.parameter_groups(net, 0.05, lambda name: livt.layer_lr_scale(name, VIT["depth"], 0.75))
+    return net, lambda images, targets: livt.balanced_bce_loss(net(images)[0], targets, counts), \
+        lambda: torch.optim.AdamW(groups, 1e-3, fused=fused)
+
+
+def vit_pretraining(ours, fused):
+    if not ours:
+        net = peers.TextbookMAE(**VIT, **DECODER)
+        return net, lambda images, targets: net(images), \
+            lambda: torch.optim.AdamW(net.parameters(), 1.5e-4, (0.9, 0.95), weight_decay=0.05)
+    net = MAE(**VIT, **DECODER)
+    groups = livt.parameter_groups(net, 0.05, lambda name: 1.0)
+
+    def loss_of(images, targets):
+        keep, restore, _ = random_masking(len(images), net.encoder.num_patches, 0.75, device=images.device)
+        predictions, pixels = net(images, keep, restore)
+        return F.mse_loss(predictions.float(), pixels)
+    return net, loss_of, lambda: torch.optim.AdamW(groups, 1.5e-4, (0.9, 0.95), fused=fused)
+
+
+def reactnet(ours, fused):
+    net = ReActNet18(CLASSES, image_size=32) if ours else peers.TextbookReActNet18(CLASSES)
+    return net, lambda images, targets: F.cross_entropy(net(images), targets), \
+        lambda: torch.optim.Adam(net.parameters(), 0.01, fused=fused)
+
+
+def frozen_teacher(ours, fused):
+    if ours:
+        return build_encoder("resnet152"), None, None
+    whole = torchvision.models.resnet152()
+    return nn.Sequential(*list(whole.children())[:-2]).eval().requires_grad_(False), None, None
+
+
+class Workload(NamedTuple):
+    """build: one of the functions above; None for the data path alone. batch_size: images a step. steps:
+    timed ones in a round on a CPU. goals: {(ours, peer), two of `VARIANTS`: {"ratio", "share": at least;
+    "memory": ours over the peer's, at most}}. side: of the images in pixels, a frozen net's alone not 32."""
+    title: str
+    build: Callable
+    batch_size: int
+    steps: int
+    goals: dict
+    augmentation: str = "standard"
+    side: int = 32
+    memory_batch_size: int = None
+
+
+VARIANTS = {"peer, 2 workers": dict(ours=False, workers=2), "peer": dict(ours=False), "ours": dict(ours=True),
+            "ours, fp32": dict(ours=True, amp=False)}
+WORKLOADS = {
+    "resnet32": Workload("ResNet-32", lambda *how: resnet("resnet32", *how), 128, 3, {
+        ("ours", "peer, 2 workers"): dict(ratio=2.2, share=0.5),
+        ("ours", "peer"): dict(ratio=1.7, share=0.5),
+        ("ours, fp32", "peer"): dict(ratio=1.3, share=0.7)}),
+    "resnet18": Workload("resnet18", lambda *how: resnet("resnet18", *how), 128, 1, {
+        ("ours", "peer"): dict(ratio=2.3, share=0.85)}),
+    "vit_finetuning": Workload("ViT-Tiny/4 fine-tuning", vit_finetuning, 128, 1, {
+        ("ours", "peer"): dict(ratio=1.8)}),
+    "vit_pretraining": Workload("ViT-Tiny/4 pre-training", vit_pretraining, 128, 2, {
+        ("ours", "peer"): dict(ratio=1.4)}, "resized"),
+    "reactnet18": Workload("ReActNet-18", reactnet, 16, 4, {
+        ("ours", "peer"): dict(ratio=2.0, memory=0.55),
+        ("ours, fp32", "peer"): dict(ratio=1.4, memory=0.55)}, memory_batch_size=32),
+    "teacher224": Workload("frozen ResNet-152", frozen_teacher, 8, 1, {
+        ("ours", "peer"): dict(ratio=2.0, share=0.8)}, side=224),
+    "teacher480": Workload("frozen ResNet-152", frozen_teacher, 2, 1, {
+        ("ours", "peer"): dict(ratio=2.0, share=0.8)}, side=480),
+    "data": Workload("data path alone", None, 128, 80, {
+        ("ours", "peer, 2 workers"): dict(ratio=10.0)}),
+}
+
+
+def make_npz(path, counts=COUNTS, num_test=10_000):
+    """A data set of random images of 32 pixels, with as many of each class as `counts` says."""
+    random = np.random.RandomState(0)
+    pixels = lambda n: random.randint(0, 256, (n, 32, 32, 3), np.uint8)
+    np.savez(path, x_train=pixels(sum(counts)), y_train=np.repeat(np.arange(len(counts)), counts),
+             x_test=pixels(num_test), y_test=np.arange(num_test) % len(counts))
+
+
+# ---------------------------------------------------------------- our loop
+
+def our_epoch(loss_of, optimizer, loader, indices, autocast):
+    """The scripts' loop; after every step the number of its images."""
+    losses = torch.zeros(1, device=loader.device)
+    for images, targets, share, ends_step in loader.batches(indices):
+        with autocast():
+            loss = share * loss_of(images, targets)
+        loss.backward()
+        losses[0] += loss.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield len(images)
+
+
+def forward_epoch(net, images, steps, autocast):
+    """A frozen net sees the same images again and again."""
+    for _ in range(steps):
+        with torch.no_grad(), autocast():
+            net(images)
+        yield len(images)
+
+
+def prepare(work, data, device, batch_size, ours, amp=True, workers=0):
+    """A function of a number of steps -> an iterator: each `next` does one of them and gives its number of
+    images."""
+    indices = lambda steps: torch.randint(len(data.train), (steps * batch_size,))
+    if ours:
+        loader = make_loader(data.train, data, batch_size, device, work.augmentation)
+        batches = lambda steps: loader.batches(indices(steps))
+    else:
+        batches = lambda steps: peers.pil_loader(data, batch_size, indices(steps), workers, work.augmentation,
+                                                 device.type == "cuda")
+    if work.build is None:
+        return lambda steps: (len(batch[0]) for batch in batches(steps))
+    net, loss_of, make_optimizer = work.build(ours, ours and device.type == "cuda")
+    layout = torch.channels_last if ours else torch.contiguous_format
+    net.to(device, memory_format=layout)
+    autocast = runtime.autocast(device, True) if ours and amp else contextlib.nullcontext
+    if loss_of is None:
+        images = torch.rand(batch_size, 3, work.side, work.side, device=device).to(memory_format=layout)
+        return lambda steps: forward_epoch(net, images, steps, autocast)
+    optimizer = make_optimizer()
+    if ours:
+        return lambda steps: our_epoch(loss_of, optimizer, loader, indices(steps), autocast)
+    return lambda steps: peers.epoch(loss_of, optimizer, batches(steps), device)
+
+
+# ---------------------------------------------------------------- measuring
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def images_per_second(epoch, steps, device):
+    """The speed of `steps` steps behind a first one."""
+    running = epoch(1 + steps)
+    next(running)
+    synchronize(device)
+    started = time.perf_counter()
+    images = sum(islice(running, steps))
+    synchronize(device)
+    speed = images / (time.perf_counter() - started)
+    assert next(running, None) is None  # the peer's worker processes end here
+    return speed
+
+
+def matmul_flops(dtype, device, seconds=0.2):
+    """FLOP/s of torch.mm of square matrices: of side 1024, on a GPU 8192."""
+    side, calls = 8192 if device.type == "cuda" else 1024, 0
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    torch.mm(a, b)
+    synchronize(device)
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        torch.mm(a, b)
+        synchronize(device)
+        calls += 1
+    return 2 * side ** 3 * calls / (time.perf_counter() - started)
+
+
+def peak_memory(name, variant, npz, device, batch_size):
+    """MiB of two steps above the imports, for a process of its own; None where it cannot be told."""
+    torch.optim.SGD([torch.zeros(1)]).zero_grad()  # torch imports its compiler at the first call
+    device = runtime.choose_device(device)
+    runtime.peak_memory(device)
+    imports = runtime.peak_memory(device)
+    sum(prepare(WORKLOADS[name], load(npz), device, batch_size, **VARIANTS[variant])(2))
+    return None if imports is None else runtime.peak_memory(device) - imports
+
+
+def in_new_process(function, *arguments):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measure(name, npz, device, rounds, quick, memory):
+    """A workload's rows: its goals, each with what was measured."""
+    work, data = WORKLOADS[name], load(npz)
+    if quick:
+        work = work._replace(batch_size=2, steps=1, side=min(work.side, 64), memory_batch_size=2)
+    elif device.type == "cuda" and work.build:
+        work = work._replace(steps=40 * work.steps)
+    memory_batch_size = work.memory_batch_size or work.batch_size
+    variants = [v for v in VARIANTS if any(v in pair for pair in work.goals)]
+    amp = "ours" if work.build and runtime.supports_bf16(device) else None
+    precision = {v: torch.bfloat16 if v == amp else torch.float32 for v in variants}
+    epochs = {v: prepare(work, data, device, work.batch_size, **VARIANTS[v]) for v in variants}
+    rates, shares, flops, peaks = {v: [] for v in variants}, {v: [] for v in variants}, {}, {}
+    for v in ("peer", "ours") if work.build else ():
+        with FlopCounterMode(display=False) as counter:
+            images = sum(epochs[v](1))
+        flops[v] = counter.get_total_flops() / images
+    for number in range(rounds):
+        for v in variants if number % 2 == 0 else variants[::-1]:
+            rates[v].append(images_per_second(epochs[v], work.steps, device))
+            if work.build:
+                floor = matmul_flops(precision[v], device)
+                shares[v].append(flops[v.split(",")[0]] * rates[v][-1] / floor)
+    del epochs
+    if memory and work.build:
+        peaks = {v: in_new_process(peak_memory, name, v, npz, str(device), memory_batch_size)
+                 for v in variants if v != "peer, 2 workers"}
+        peaks["peer, 2 workers"] = peaks["peer"]
+
+    rows = []
+    for (ours, peer), goals in work.goals.items():
+        ratios = [a / b for a, b in zip(rates[ours], rates[peer])]
+        values = {"ratio": statistics.median(ratios)}
+        if work.build:
+            values["share"] = statistics.median(shares[ours])
+        if peaks.get(ours) is not None:
+            values["memory"] = peaks[ours] / peaks[peer]
+        rows.append({
+            "name": name, "workload": f"{work.title}, {work.side} px, batch {work.batch_size}",
+            "ours": {torch.bfloat16: "bf16", torch.float32: "fp32"}[precision[ours]], "peer": peer, **values,
+            "ratio_range": [min(ratios), max(ratios)],
+            "images_per_second": [statistics.median(rates[v]) for v in (peer, ours)],
+            "share_of_floor": [statistics.median(shares[v]) for v in (peer, ours)] if work.build else None,
+            "gflop_per_image": [flops[v.split(",")[0]] / 1e9 for v in (peer, ours)] if work.build else None,
+            "peak_memory_mib": [peaks[v] for v in (peer, ours)] if "memory" in values else None,
+            "memory_batch_size": memory_batch_size,
+            "rounds": {peer: rates[peer], ours: rates[ours]},
+            "to_reach": goals if device.type == "cpu" else {},
+            "reached": {key: values[key] <= goal if key == "memory" else values[key] >= goal
+                        for key, goal in goals.items() if key in values and device.type == "cpu"}})
+    return rows
+
+
+def schedule(npz, device, epochs=200, peer_steps=170, flags=("--no-compile", "--compile")):
+    """Rows of whole runs of cbd.py's first stage, against the peer's speed over `peer_steps` steps."""
+    peer = images_per_second(prepare(WORKLOADS["resnet32"], load(npz), device, 128, ours=False, workers=4),
+                             peer_steps, device)
+    rows = []
+    for flag in flags:
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.perf_counter()
+            result = cbd.main(cbd.parse_args([
+                "--dataset", npz, "--only-teacher", "1", "--epochs", str(epochs), "--evaluate-every",
+                str(epochs), "--device", str(device), flag, "--out", f"{folder}/run"]))
+            whole = time.perf_counter() - started
+        training = result["stages"][0]
+        values = {"seconds": training["seconds"], "ratio": training["images_per_second"] / peer}
+        rows.append({
+            "name": "schedule", "workload": f"cbd.py, ResNet-32, 32 px, batch 128, {epochs} epochs",
+            "ours": flag, "peer": f"peer, 4 workers, {peer_steps} steps", **values,
+            "whole_run_seconds": whole,
+            "images_per_second": [peer, training["images_per_second"]],
+            "to_reach": {"seconds": 30, "ratio": 20},
+            "reached": {"seconds": values["seconds"] <= 30, "ratio": values["ratio"] >= 20}})
+    return rows
+
+
+# ---------------------------------------------------------------- table
+
+COLUMNS = ["workload", "ours", "against", "images/s", "ratio (range)", "share of the floor", "peak MiB",
+           "to reach", "reached"]
+
+
+def table_line(row):
+    """A row in Markdown. Arrows go from the peer to ours; one of `schedule` has its seconds in a share's
+    place."""
+    arrow = lambda values, form: f"{values[0]:{form}} -> {values[1]:{form}}" if values else "-"
+    spread, share = "one run", arrow(row.get("share_of_floor"), ".2f")
+    memory = arrow(row.get("peak_memory_mib"), ".0f")
+    if "ratio_range" in row:
+        spread = "{:.2f} to {:.2f}".format(*row["ratio_range"])
+    if "seconds" in row:
+        share = f"training {row['seconds']:.1f} s, whole run {row['whole_run_seconds']:.1f} s"
+    if memory != "-" and f"batch {row['memory_batch_size']}" not in row["workload"]:
+        memory += f" (batch {row['memory_batch_size']})"
+    words = {"ratio": "{:g}x", "share": "{:g} of the floor", "memory": "{:g} of the memory",
+             "seconds": "{:g} s"}
+    answers = {True: "yes", False: "no", None: "not measured"}
+    return "| " + " | ".join([
+        row["workload"], row["ours"], row["peer"], arrow(row["images_per_second"], ".4g"),
+        f"{row['ratio']:.2f} ({spread})", share, memory,
+        ", ".join(words[key].format(goal) for key, goal in row["to_reach"].items()) or "-",
+        ", ".join(answers[row["reached"].get(key)] for key in row["to_reach"]) or "-"]) + " |"
+
+
+def main(argv=None):
+    parser = runtime.Parser(description=__doc__.split("\n\n")[0])
+    add, boolean = parser.add_argument, argparse.BooleanOptionalAction
+    add("--rounds", type=int, default=5, help="that medians are taken over")
+    add("--device", default="cpu", help="cpu, cuda")
+    add("--only", nargs="+", choices=[*WORKLOADS, "schedule"], help="rows; schedule needs a GPU")
+    add("--memory", action=boolean, default=True, help="measure peak memory, in processes of their own")
+    add("--quick", action=boolean, default=False, help="2 images a step, 1 step a round: it runs, no more")
+    add("--out", help="JSON file (results/benchmark.json; with --only and --quick none)")
+    args = parser.parse_args(argv)
+    with runtime.bad_input():
+        device = runtime.choose_device(args.device)
+        if args.rounds < 1 or device.type != "cuda" and "schedule" in (args.only or ()):
+            raise ValueError("--rounds must be at least 1, and the whole schedule needs --device cuda")
+        out = args.out or (None if args.only or args.quick else "results/benchmark.json")
+        if out and not Path(out).parent.is_dir():
+            raise ValueError(f"there is no folder {Path(out).parent} for {out}")
+        content = json.loads(Path(out).read_text()) if out and Path(out).exists() else {}
+    names = args.only or [*WORKLOADS, *["schedule"] * (device.type == "cuda")]
+    header = {"device": runtime.device_name(args.device), "versions": runtime.versions(),
+              "git_commit": runtime.git_commit(), "argv": sys.argv[1:] if argv is None else argv}
+    print(f"{header['device']}, torch {torch.__version__}, medians of {args.rounds} rounds\n")
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        npz = f"{folder}/cifar100_lt_shape.npz"
+        make_npz(npz)
+        for name in names:
+            rows += schedule(npz, device, 2 if args.quick else 200) if name == "schedule" else \
+                measure(name, npz, device, args.rounds, args.quick, args.memory)
+            print("\n".join(table_line(row) for row in rows if row["name"] == name), flush=True)
+    if out:  # each kind of device has its own entry
+        content[device.type] = {**header, "rows": rows}
+        runtime.atomic_write(out, lambda file: file.write(json.dumps(content, indent=1).encode()))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
