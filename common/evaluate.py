@@ -154,11 +154,10 @@ def predict(model, batches, autocast):
     model.eval()
     outputs = []
     for images, targets, *rest in batches:
-        if rest and rest[0] == 0:  # share: it holds no readable image
-            continue
         with autocast():
             logits, features = model(images)
-        outputs.append((logits.float(), features.float(), targets))
+        kept = slice(0, 0) if rest and rest[0] == 0 else slice(None)  # share 0: no readable image in it
+        outputs.append((logits[kept].float(), features[kept].float(), targets[kept]))
     return [torch.cat(parts) for parts in zip(*outputs)]
 
 

@@ -417,9 +417,12 @@ class Run:
 
 
 def report_bad_images(loaders):
-    """Name, on every rank, the image files that --skip-bad-images left out."""
-    for reason in sorted(set().union(*(loader.bad_images for loader in loaders))):
+    """Name and count, on every rank, the image files that --skip-bad-images left out there."""
+    reasons = sorted(set().union(*(loader.bad_images for loader in loaders)))
+    for reason in reasons:
         tqdm.write(f"left out by --skip-bad-images: {reason}")
+    if reasons:
+        tqdm.write(f"--skip-bad-images left out {len(reasons)} files (rank {rank()})")
 
 
 def lock_folder(folder):

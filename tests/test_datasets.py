@@ -627,7 +627,9 @@ SCRIPTS = {"cbd": ["--arch", "resnet10", "--teachers", "1"],
                         "--phase-two-epochs", "1", "--no-retentive", "--no-margin", "--no-plain"],
            # without what each rank draws for itself
            "livt": ["--width", "16", "--depth", "2", "--heads", "2", "--patch-size", "56", "--from-scratch",
-                    "--augment", "plain", "--drop-path", "0", "--loss", "balanced-bce"]}
+                    "--augment", "plain", "--drop-path", "0", "--loss", "balanced-bce"],
+           "candle": ["--arch", "reactnet_18", "--student-width", "0.25", "--student-resolution", "96",
+                      "--resolutions", "96", "--from-scratch"]}
 RUNNER = """
 import importlib, json, sys
 sys.path[:0] = {paths!r}
@@ -673,6 +675,7 @@ def test_scripts_give_one_and_two_processes_the_same_numbers(fruits, tmp_path, m
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
     assert done.returncode == 0, done.stderr
     assert f"left out by --skip-bad-images: {fruits}" in done.stderr + done.stdout
+    assert "--skip-bad-images left out 1 files (rank " in done.stderr + done.stdout
     for method in SCRIPTS:
         one, two = (json.loads((tmp_path / f"{method} {n}" / "result.json").read_text()) for n in (1, 2))
         assert one["class_counts"] == two["class_counts"] == [3, 2, 2]

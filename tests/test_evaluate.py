@@ -255,6 +255,7 @@ def test_predict_keeps_the_order_of_the_batches():
     images, targets = torch.randn(10, 3), torch.arange(10)
     model = Passing().train()
     batches = [(images[i:i + 4], targets[i:i + 4], "share", "ends_step") for i in range(0, 10, 4)]
+    batches.insert(1, (torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64), 0, True))  # no readable image
     logits, features, found = predict(model, batches, contextlib.nullcontext)
     assert torch.equal(logits, 2 * images) and torch.equal(features, images)  # no dropout: eval mode
     assert torch.equal(found, targets) and not model.training

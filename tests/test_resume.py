@@ -97,7 +97,7 @@ def test_a_signal_ends_the_step_in_flight_writes_a_checkpoint_and_says_how_to_go
     assert saved["epoch"] == logged[-1]["epoch"] and len(saved["losses"]) == saved["step"]
 
 
-def test_a_signal_to_the_whole_group_leaves_the_workers_alive_until_the_checkpoint_is_written(tmp_path):
+def test_a_signal_to_the_whole_group_leaves_the_workers_alive_until_it_is_written(tmp_path):
     generator = np.random.default_rng(0)
     for part in ("train", "test"):
         for name in "abc":
