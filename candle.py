@@ -23,8 +23,8 @@ Where we depart, or had to choose:
   reading; without calibration there is no teacher classifier to follow.
 - paper: calibration's schedule open / here: SGD as MiSLAS's second stage; smoothing factors are MiSLAS's for
   CIFAR and [D]'s elsewhere; samples are class-balanced, each class exactly as often.
-- [D]: a crop for each resolution, colour jitter, on CIFAR with one resolution no crop / here: one crop and
-  flip in every row, resized on the device.
+- [D]: a crop for each resolution, on CIFAR with one resolution no crop / here: one crop and flip in every
+  row, resized on the device.
 - paper: ImageNet-21K's EfficientNet teaches the large sets / here: torchvision's, which knows ImageNet-1K
   alone; --teacher-weights takes others of that shape.
 - ReActNet: weights start at rand * .001 / here: as Conv2d's, because batch norm's epsilon is comparable to
@@ -32,9 +32,9 @@ Where we depart, or had to choose:
 - Figure 5's student with all resolutions is not described / here: its pooled features are their mean.
 - Under torchrun and --grad-accumulation lambda belongs to one rank's part of a batch.
 
-    python candle.py                                                  # embedded images
-    python candle.py --ablation                                       # Table 3's four rows
-    python candle.py --export runs/candle_fashion_lt_seed0/student.pt # 1-bit weights, for deployment
+    python candle.py                                                     # embedded images
+    python candle.py --ablation                                          # Table 3's four rows
+    python candle.py --export runs/candle_fashion_lt_seed0/student.pt    # 1-bit weights, for deployment
     python candle.py --dataset cifar100_lt --teacher resnet152
     torchrun --nproc_per_node 8 candle.py --dataset places_lt --data-dir /data/places
 
@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import runtime
-from common.data import ASSETS, image_side, load
+from common.data import ASSETS, ImageFiles, image_side, load
 from common.evaluate import Diverged, classifier_by_frequency, head_median_tail, predict, scores, table
 from common.loader import UnreadableImage, make_loader, resize, split_batches
 from common.reactnet import ReActNet18, ReActNetA, pack, unpack
@@ -103,6 +103,8 @@ def parse_args(argv=None):
     add("--dataset", default="fashion_lt", help="name, or FILE.npz, or folder (with --data-dir)")
     add("--recipe", help="settings of another data set; wins over the data set's own")
     add("--data-dir", default="data", help="where data sets are, or are downloaded to")
+    add("--train-list", metavar="FILE", help="lines `path label` of your own, paths relative to --data-dir")
+    add("--test-list", metavar="FILE", help="likewise, for the images that are tested on")
     add("--imb-factor", type=float, help="largest class / smallest class, at least 1")
     add("--subset-seed", type=int, default=0, help="which images are kept; 0 as in LDAM-DRW")
     add("--evaluate-on", choices=["test", "val"], default="test", help="split that is scored")
@@ -414,10 +416,9 @@ def train_stage(name, parts, step_of, terms, sample, optimizer, epochs, data, te
         run.log(**row)
         run.save_stage(state, parts, optimizer)
     runtime.report_bad_images([loader])
-    seconds = state["seconds"]
-    return {"best_all": state["best_all"], "epochs": state["means"], "seconds": seconds,
-            "seconds_per_epoch": seconds / epochs, "images_per_second": epochs * len(targets) / seconds,
-            "peak_memory_mb": runtime.peak_memory(device)}
+    return {"best_all": state["best_all"], "epochs": state["means"], "seconds": state["seconds"],
+            "seconds_per_epoch": state["seconds"] / epochs, "peak_memory_mb": runtime.peak_memory(device),
+            "images_per_second": epochs * len(targets) / state["seconds"]}
 
 
 def assess(model, loader, data, args):
@@ -453,7 +454,8 @@ def main(args):
         check_args(args)
         saved_net = args.evaluate or args.export
         with runtime.first_rank_first():
-            data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed)
+            data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed, args.train_list,
+                        args.test_list)
             encoder, path = None, args.teacher_weights
             if not (saved_net or args.from_scratch):
                 state = runtime.load_checkpoint(EMBEDDED.get(path, path)) if path else "ImageNet-1K"
@@ -468,7 +470,7 @@ def main(args):
         if saved_net:  # it sees images as it did when it was trained
             model, saved = load_model(saved_net, data.num_classes)
             data.mean, data.std, data.image_size = saved["mean"], saved["std"], saved["image_size"]
-        elif data.name == "folder" and data.image_size > 64:  # one decoded image for all resolutions
+        elif isinstance(data.train, ImageFiles) and data.image_size > 64:  # decoded once for all resolutions
             data.image_size = max(args.resolutions)
         loader = make_loader(split, data, 256, device, workers=args.workers, skip_bad=args.skip_bad_images)
         if args.export:
@@ -488,8 +490,7 @@ def main(args):
         stages = run_stages(args, data, loader, encoder, *map_shape, run, device)
     runtime.say(table([(stage["name"], stage) for stage in stages]))
     if encoder is not None and not args.teacher_weights and "imagenet_lt" in (data.name, args.recipe):
-        runtime.say("warning: this teacher learnt the classes of ImageNet-LT from all images of ImageNet-1K, "
-                    "so these numbers are too high; the paper's teacher is of ImageNet-21K")
+        runtime.say("warning: the teacher learnt these classes from all of ImageNet-1K (paper: ImageNet-21K)")
     return run.finish("candle", data, stages)
 
 
@@ -530,9 +531,8 @@ def run_stages(args, data, test_loader, encoder, student_dim, side, run, device)
     def train_student(name, file, teacher, learns_from):
         """Stage B, or a baseline. All students of a run start from the same weights."""
         torch.manual_seed(runtime.derive_seed(args.seed, "student", "initialisation"))
-        student = Student(args.arch, data.num_classes, args.student_width, own, args.binarize,
-                          args.classifier)
-        parts = nn.ModuleDict({"model": student, "connector": nn.Identity()})
+        net = Student(args.arch, data.num_classes, args.student_width, own, args.binarize, args.classifier)
+        parts = nn.ModuleDict({"model": net, "connector": nn.Identity()})
         if teacher and len(teacher.settings["resolutions"]) == 1:  # as [D]; not in the student's file
             D = teacher.encoder.feature_dim
             parts["connector"] = nn.Sequential(nn.Conv2d(student_dim, D, 1, bias=False), nn.BatchNorm2d(D),
@@ -544,7 +544,7 @@ def run_stages(args, data, test_loader, encoder, student_dim, side, run, device)
             groups.append({"params": list(parts["balance"].parameters()), "base": args.balance_lr})
         parts.to(device, memory_format=torch.channels_last)
         if args.compile:
-            student.net.blocks.compile()
+            net.net.blocks.compile()
         optimizer = torch.optim.Adam(groups, fused=device.type == "cuda") \
             if args.student_optimizer == "adam" else torch.optim.SGD(groups, momentum=0.9)
         name += ", full precision" * (not args.binarize) + ", cosine" * (args.classifier == "cosine")
