@@ -145,7 +145,7 @@ def parse_args(argv=None):
     add("--evaluate", metavar="CHECKPOINT", help="score a saved model, train nothing")
     add("--evaluate-every", type=int, help="epochs between evaluations; the last epoch is always evaluated")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps")
-    add("--time-limit", type=float, metavar="MINUTES", help="stop after an epoch; --resume goes on")
+    add("--time-limit", type=float, metavar="MINUTES", help="stop after a step; --resume goes on")
     add("--resume", action=boolean, default=False, help="continue what is in --out, or start")
     add("--out", help="(runs/livt_<dataset>_seed<seed>)")
     return runtime.parse_with_recipe(parser, RECIPES, image_side, argv)
