@@ -22,7 +22,10 @@ FLAGS = {"cbd": ["--teachers", "2", "--arch", "resnet14"],
                       "--memory-per-class", "3"],
          "livt": ["--width", "16", "--depth", "2", "--heads", "2", "--patch-size", "4", "--image-size", "8",
                   "--decoder-width", "16", "--decoder-depth", "1", "--decoder-heads", "2", "--mgp-epochs",
-                  "2", "--mgp-batch-size", "8", "--augment", "strong"]}  # all that draws numbers
+                  "2", "--mgp-batch-size", "8", "--augment", "strong"],  # all that draws numbers
+         "candle": ["--arch", "reactnet_18", "--student-width", "0.0625", "--teacher", "resnet14",
+                    "--teacher-weights", "embedded", "--student-resolution", "16", "--resolutions", "8", "16",
+                    "--calibration-epochs", "2"]}
 
 
 def flags(folder, method):
@@ -51,7 +54,8 @@ def without_times(value):
     """A result or a log line without times and without what may differ between two runs of one kind."""
     if isinstance(value, dict):
         return {key: without_times(item) for key, item in value.items()
-                if key not in ("seconds", "images_per_second", "out", "resume", "argv")}
+                if key not in ("seconds", "seconds_per_epoch", "images_per_second", "peak_memory_mb", "out",
+                               "resume", "argv")}
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
@@ -72,7 +76,7 @@ def assert_same_run(a, b):
 
 @pytest.mark.parametrize("method", FLAGS)
 def test_a_run_killed_anywhere_and_resumed_is_the_uninterrupted_one_bit_for_bit(method, tmp_path):
-    hows = ["kill", "write", "term", "kill", "write", "term", "write"]  # 21 deaths for three scripts
+    hows = ["kill", "write", "term", "kill", "write", "term", "write"]  # 28 deaths for four scripts
     done = subprocess.run([sys.executable, str(ROOT / "tests" / "kill_and_resume.py"), ",".join(hows), method,
                            *flags(tmp_path, method)], cwd=tmp_path, env=ENVIRONMENT, capture_output=True,
                           text=True, timeout=300)
@@ -107,9 +111,9 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_alive_until_it_is_writte
                 Image.fromarray(generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(
                     folder / f"{i}.png")
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "cbd.py"), "--dataset", "folder", "--data-dir", "images", "--workers", "2",
-         "--arch", "resnet14", "--epochs", "1000", "--batch-size", "8", "--device", "cpu", "--out", "run"],
-        cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, str(ROOT / "cbd.py"), "--dataset", "folder", "--data-dir", "images", "--workers",
+         "2", "--arch", "resnet14", "--epochs", "1000", "--batch-size", "8", "--device", "cpu", "--out",
+         "run"], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True)
     wait_for((tmp_path / "run" / "last.pt").exists)
     os.killpg(process.pid, signal.SIGTERM)
