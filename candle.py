@@ -38,7 +38,8 @@ Where we depart, or had to choose:
     python candle.py --dataset cifar100_lt --teacher resnet152
     torchrun --nproc_per_node 8 candle.py --dataset places_lt --data-dir /data/places
 
-What to expect: not measured yet.
+What to expect: being measured. Embedded images, 2 seeds (results/candle.md): baseline 67.8, single-resolution
+teacher 66.3 (fixed balance) and 65.5 (learnt), CANDLE 66.7, more even over the classes than the baseline.
 """
 import argparse
 import math
