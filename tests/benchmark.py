@@ -47,6 +47,8 @@ from tests import peers
 CLASSES, COUNTS = 100, long_tail_counts(100, 500, 100)  # CIFAR-100-LT
 VIT = dict(image_size=32, patch_size=4, **VIT_SIZES["tiny"])
 DECODER = dict(decoder_width=128, decoder_depth=1, decoder_heads=4)
+VIT_B = dict(image_size=224, patch_size=16, **VIT_SIZES["base"])
+DECODER_B = dict(decoder_width=512, decoder_depth=8, decoder_heads=16)
 
 
 # ---------------------------------------------------------------- what is trained
@@ -65,23 +67,23 @@ def resnet(arch, ours, fused):
     return net, loss_of, lambda: torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=5e-4, fused=fused)
 
 
-def vit_finetuning(ours, fused):
+def vit_finetuning(ours, fused, sizes=VIT):
     if not ours:
-        net = peers.TextbookViT(**VIT, num_classes=CLASSES)
+        net = peers.TextbookViT(**sizes, num_classes=CLASSES)
         return net, lambda images, targets: F.cross_entropy(net(images), targets), \
             lambda: torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05)
-    net, counts = ViT(**VIT, num_classes=CLASSES), torch.tensor(COUNTS)
-    groups = livt.parameter_groups(net, 0.05, lambda name: livt.layer_lr_scale(name, VIT["depth"], 0.75))
+    net, counts = ViT(**sizes, num_classes=CLASSES), torch.tensor(COUNTS)
+    groups = livt.parameter_groups(net, 0.05, lambda name: livt.layer_lr_scale(name, sizes["depth"], 0.75))
     return net, lambda images, targets: livt.balanced_bce_loss(net(images)[0], targets, counts), \
         lambda: torch.optim.AdamW(groups, 1e-3, fused=fused)
 
 
-def vit_pretraining(ours, fused):
+def vit_pretraining(ours, fused, sizes=VIT, decoder=DECODER):
     if not ours:
-        net = peers.TextbookMAE(**VIT, **DECODER)
+        net = peers.TextbookMAE(**sizes, **decoder)
         return net, lambda images, targets: net(images), \
             lambda: torch.optim.AdamW(net.parameters(), 1.5e-4, (0.9, 0.95), weight_decay=0.05)
-    net = MAE(**VIT, **DECODER)
+    net = MAE(**sizes, **decoder)
     groups = livt.parameter_groups(net, 0.05, lambda name: 1.0)
 
     def loss_of(images, targets):
@@ -107,7 +109,7 @@ def frozen_teacher(ours, fused):
 class Workload(NamedTuple):
     """build: one of the functions above; None for the data path alone. batch_size: images a step. steps:
     timed ones in a round on a CPU. goals: {(ours, peer), two of `VARIANTS`: {"ratio", "share": at least;
-    "memory": ours over the peer's, at most}}. side: of the images in pixels, a frozen net's alone not 32."""
+    "memory": ours over the peer's, at most}}. side: of the images in pixels."""
     title: str
     build: Callable
     batch_size: int
@@ -131,6 +133,10 @@ WORKLOADS = {
         ("ours", "peer"): dict(ratio=1.8)}),
     "vit_pretraining": Workload("ViT-Tiny/4 pre-training", vit_pretraining, 128, 2, {
         ("ours", "peer"): dict(ratio=1.4)}, "resized"),
+    "vit_b_finetuning": Workload("ViT-B/16 fine-tuning", lambda *how: vit_finetuning(*how, VIT_B), 8, 1, {
+        ("ours", "peer"): dict(ratio=2.2)}, side=224),
+    "vit_b_pretraining": Workload("ViT-B/16 pre-training", lambda *how: vit_pretraining(
+        *how, VIT_B, DECODER_B), 8, 1, {("ours", "peer"): dict(ratio=1.5)}, "resized", side=224),
     "reactnet18": Workload("ReActNet-18", reactnet, 16, 4, {
         ("ours", "peer"): dict(ratio=2.0, memory=0.55),
         ("ours, fp32", "peer"): dict(ratio=1.4, memory=0.55)}, memory_batch_size=32),
@@ -172,6 +178,16 @@ def forward_epoch(net, images, steps, autocast):
         with torch.no_grad(), autocast():
             net(images)
         yield len(images)
+
+
+def images_for(work, npz):
+    """The data set of a workload; for a larger side a few images, each repeated in rows and columns."""
+    data = load(npz)
+    if work.side != data.image_size:
+        data = data.subset(np.unique(data.train.targets, return_index=True)[1])  # one of each class
+        data.train.images = np.tile(data.train.images, (1, *[work.side // data.image_size] * 2, 1))
+        data.image_size = work.side
+    return data
 
 
 def prepare(work, data, device, batch_size, ours, amp=True, workers=0):
@@ -235,11 +251,12 @@ def matmul_flops(dtype, device, seconds=0.2):
 
 def peak_memory(name, variant, npz, device, batch_size):
     """MiB of two steps above the imports, for a process of its own; None where it cannot be told."""
+    work = WORKLOADS[name]
     torch.optim.SGD([torch.zeros(1)]).zero_grad()  # torch imports its compiler at the first call
     device = runtime.choose_device(device)
     runtime.peak_memory(device)
     imports = runtime.peak_memory(device)
-    sum(prepare(WORKLOADS[name], load(npz), device, batch_size, **VARIANTS[variant])(2))
+    sum(prepare(work, images_for(work, npz), device, batch_size, **VARIANTS[variant])(2))
     return None if imports is None else runtime.peak_memory(device) - imports
 
 
@@ -250,12 +267,13 @@ def in_new_process(function, *arguments):
 
 def measure(name, npz, device, rounds, quick, memory):
     """A workload's rows: its goals, each with what was measured."""
-    work, data = WORKLOADS[name], load(npz)
+    work = WORKLOADS[name]
     if quick:
-        work = work._replace(batch_size=2, steps=1, side=min(work.side, 64), memory_batch_size=2)
+        side = min(work.side, 64) if name.startswith("teacher") else work.side
+        work = work._replace(batch_size=2, steps=1, side=side, memory_batch_size=2)
     elif device.type == "cuda" and work.build:
         work = work._replace(steps=40 * work.steps)
-    memory_batch_size = work.memory_batch_size or work.batch_size
+    data, memory_batch_size = images_for(work, npz), work.memory_batch_size or work.batch_size
     variants = [v for v in VARIANTS if any(v in pair for pair in work.goals)]
     amp = "ours" if work.build and runtime.supports_bf16(device) else None
     precision = {v: torch.bfloat16 if v == amp else torch.float32 for v in variants}

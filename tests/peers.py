@@ -27,8 +27,9 @@ class PilImages(Dataset):
 
 def pil_loader(data, batch_size, indices, workers, augmentation, pin_memory=False):
     """The peers' loader. augmentation: "standard", or "resized" as masked autoencoders are trained."""
-    crop = transforms.RandomCrop(32, padding=4) if augmentation == "standard" else \
-        transforms.RandomResizedCrop(32, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
+    side = data.image_size
+    crop = transforms.RandomCrop(side, padding=4) if augmentation == "standard" else \
+        transforms.RandomResizedCrop(side, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
     transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(),
                                     transforms.Normalize(data.mean, data.std)])
     return DataLoader(PilImages(data.train, transform), batch_size, sampler=indices.tolist(),

@@ -122,7 +122,7 @@ def test_quick_runs_every_row_and_writes_it(tmp_path, capsys):
     goals = [(name, len(work.goals)) for name, work in benchmark.WORKLOADS.items()]
     assert [(name, sum(row["name"] == name for row in rows)) for name, _ in goals] == goals
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(lines) == 1 + len(rows) == 12
+    assert len(lines) == 1 + len(rows) == 14
     for row, line in zip(rows, lines[1:]):
         low, high = row["ratio_range"]
         assert 0 < low <= row["ratio"] <= high and f"{row['ratio']:.2f}" in line and row["workload"] in line
