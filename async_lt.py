@@ -58,7 +58,7 @@ STEPS = dict(schedule="step", milestones=[0.8, 0.9], lr_gamma=0.01)  # epochs 16
 COSINE = dict(schedule="cosine", milestones=[], lr_gamma=1.0)
 RECIPES = {
     "fashion_lt": dict(  # all ours; phase two chosen on the validation images
-        COSINE, arch="resnet14", epochs=20, batch_size=32, lr=0.1, weight_decay=5e-4, feature_lr=None,
+        COSINE, arch="resnet14", epochs=16, batch_size=32, lr=0.1, weight_decay=5e-4, feature_lr=None,
         phase_two_epochs=60, phase_two_lr=0.01, pretrained=False, evaluate_every=10,
         quick=dict(epochs=5, phase_two_epochs=15)),
     "cifar10_lt": dict(  # ours: cifar100_lt's

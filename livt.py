@@ -74,7 +74,7 @@ SMALL = {  # all ours; decoder 128x1: "SDMAE" found large decoders to overfit sm
 RECIPES = {
     "fashion_lt": {  # all ours; chosen on the validation images
         **SMALL, "arch": "mini", "patch_size": 8, "decoder_width": 64,
-        "mgp_epochs": 60, "mgp_warmup_epochs": 5, "mgp_batch_size": 64, "mgp_lr": 4e-3, "epochs": 24,
+        "mgp_epochs": 55, "mgp_warmup_epochs": 5, "mgp_batch_size": 64, "mgp_lr": 4e-3, "epochs": 22,
         "batch_size": 32, "lr": 8e-3, "augment": "plain", "drop_path": 0.0,
         "quick": dict(mgp_epochs=10, mgp_warmup_epochs=1, epochs=10, warmup_epochs=1)},
     "cifar10_lt": SMALL,
