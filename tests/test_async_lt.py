@@ -15,36 +15,13 @@ from common.data import load, long_tail_counts
 from common.evaluate import scores
 from common.loader import make_loader, normalise
 from common.resnet import CosineClassifier
+from tests.tiny import COUNTS, same_weights, tiny_npz, weights
 
-COUNTS = (8, 60, 3, 30, 12)  # not in the order of the ids: phase one is classes 1 and 3
-OLD, NEW = [1, 3], [0, 2, 4]
-COLOURS = ((200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60), (60, 200, 200))
+OLD, NEW = [1, 3], [0, 2, 4]  # classes of phase one and two of COUNTS
 STAGES = ["plain", "phase one", "two phases"]
 FILES = ["plain.pt", "phase_one.pt", "model.pt"]
 SHORT = ("--epochs", "2", "--phase-two-epochs", "2", "--batch-size", "32", "--memory-per-class", "3",
          "--evaluate-every", "1")
-
-
-def tiny_npz(path, counts=COUNTS, size=8, test=6):
-    """Images in the colour of their class, with noise; ids in a random order."""
-    generator = np.random.default_rng(0)
-    arrays = {}
-    for part, sizes in (("train", counts), ("test", [test] * len(counts))):
-        targets = generator.permutation(np.repeat(np.arange(len(counts)), sizes))
-        images = np.array(COLOURS)[targets % 5][:, None, None]
-        images = images + generator.integers(-50, 51, (len(targets), size, size, 3))
-        arrays |= {f"x_{part}": images.astype(np.uint8), f"y_{part}": targets}
-    np.savez(path, **arrays)
-    return str(path)
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)["state_dict"]
-
-
-def same_weights(a, b):
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def run(folder, *flags, name="run"):

@@ -19,31 +19,17 @@ from common.evaluate import scores
 from common.loader import normalise
 from common.reactnet import BinaryConv2d
 from common.resnet import CifarResNet, build_encoder
+from tests.tiny import COUNTS, same_weights, tiny_npz, weights
 
 ROOT = Path(__file__).parent.parent
-COUNTS = (8, 60, 3, 30, 12)  # not in the order of the ids
-COLOURS = ((200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60), (60, 200, 200))
 FILES = ["baseline.pt", "teacher.pt", "student.pt"]
 STAGES = ["baseline", "teacher, 8 16 24", "candle"]
-
-
-def tiny_npz(path, counts=COUNTS, size=16, test=6):
-    """Images in the colour of their class, with noise; ids in a random order."""
-    generator = np.random.default_rng(0)
-    arrays = {}
-    for part, sizes in (("train", counts), ("test", [test] * len(counts))):
-        targets = generator.permutation(np.repeat(np.arange(len(counts)), sizes))
-        images = np.array(COLOURS)[targets % 5][:, None, None]
-        images = images + generator.integers(-50, 51, (len(targets), size, size, 3))
-        arrays |= {f"x_{part}": images.astype(np.uint8), f"y_{part}": targets}
-    np.savez(path, **arrays)
-    return str(path)
 
 
 def tiny_flags(folder):
     """A narrow student, and a random teacher in a file: a CIFAR ResNet's state dict."""
     if not (folder / "tiny.npz").exists():
-        tiny_npz(folder / "tiny.npz")
+        tiny_npz(folder / "tiny.npz", size=16)
         torch.manual_seed(0)
         torch.save(CifarResNet(14).state_dict(), folder / "teacher14.pt")
     return ["--dataset", str(folder / "tiny.npz"), "--device", "cpu", "--no-amp", "--arch", "reactnet_18",
@@ -54,15 +40,6 @@ def tiny_flags(folder):
 
 def run(folder, *flags, name="run"):
     return candle.main(candle.parse_args([*tiny_flags(folder), "--out", str(folder / name), *flags]))
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)["state_dict"]
-
-
-def same_weights(a, b):
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def settings(*flags):

@@ -13,43 +13,22 @@ from common.data import load
 from common.evaluate import scores
 from common.loader import normalise
 from common.vit import MAE, VIT_SIZES, ViT
+from tests.tiny import same_weights, tiny_npz, weights
 
 COUNTS = torch.tensor([500, 120, 30, 9])
 NET = ("--image-size", "8", "--patch-size", "2", "--width", "16", "--depth", "2", "--heads", "2",
        "--decoder-width", "8", "--decoder-depth", "1", "--decoder-heads", "2")
 SHORT = ("--mgp-epochs", "3", "--mgp-warmup-epochs", "1", "--mgp-batch-size", "32", "--epochs", "3",
          "--warmup-epochs", "1", "--batch-size", "16", "--lr", "0.01", "--evaluate-every", "2")
-COLOURS = ((200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60))
 CLASS_COUNTS = (40, 12, 25, 5)
-
-
-def tiny_npz(path, counts=CLASS_COUNTS):
-    """Images in the colour of their class, with noise; ids in a random order."""
-    generator, arrays = np.random.default_rng(0), {}
-    for part, sizes in (("train", counts), ("test", [6] * len(counts))):
-        targets = generator.permutation(np.repeat(np.arange(len(counts)), sizes))
-        noise = generator.integers(-50, 51, (len(targets), 8, 8, 3))
-        images = np.array(COLOURS)[targets][:, None, None] + noise
-        arrays |= {f"x_{part}": images.astype(np.uint8), f"y_{part}": targets}
-    np.savez(path, **arrays)
-    return str(path)
 
 
 def run(folder, *flags, name="run"):
     path = folder / "tiny.npz"
     if not path.exists():
-        tiny_npz(path)
+        tiny_npz(path, CLASS_COUNTS)
     return livt.main(livt.parse_args(["--dataset", str(path), *NET, *SHORT, "--device", "cpu", "--no-amp",
                                       "--out", str(folder / name), *flags]))
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)["state_dict"]
-
-
-def same_weights(a, b):
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # ---------------------------------------------------------------- identities of the losses
@@ -414,7 +393,7 @@ def test_scores_are_those_of_the_saved_nets_by_both_decodings(full):
 
 def test_a_checkpoint_of_stage_one_gives_the_same_nets_and_stages_can_run_apart(full, tmp_path):
     folder, _ = full
-    tiny_npz(tmp_path / "tiny.npz")
+    tiny_npz(tmp_path / "tiny.npz", CLASS_COUNTS)
     first = run(tmp_path, "--stage", "mgp", name="first")
     assert [stage["name"] for stage in first["stages"]] == ["mgp"] and first["all"] is None
     assert same_weights(tmp_path / "first" / "mgp.pt", folder / "run" / "mgp.pt")
@@ -453,7 +432,7 @@ def test_from_scratch_has_no_stage_one_and_no_layer_decay(tmp_path, monkeypatch)
 
 def test_a_larger_image_size_interpolates_the_checkpoint_s_positions(full, tmp_path):
     folder, _ = full
-    tiny_npz(tmp_path / "tiny.npz")
+    tiny_npz(tmp_path / "tiny.npz", CLASS_COUNTS)
     result = run(tmp_path, "--mgp-checkpoint", str(folder / "run" / "mgp.pt"), "--image-size", "12",
                  "--loss", "ce")
     assert result["all"] is not None
@@ -471,7 +450,7 @@ def test_the_first_images_of_each_class_make_a_balanced_training_set(tmp_path):
 
 def test_evaluate_scores_a_saved_net_and_writes_nothing(full, tmp_path, capsys):
     folder, result = full
-    tiny_npz(tmp_path / "tiny.npz")
+    tiny_npz(tmp_path / "tiny.npz", CLASS_COUNTS)
     again = run(tmp_path, "--evaluate", str(folder / "run" / "model.pt"), name="none")
     assert again["per_class_accuracy"] == result["per_class_accuracy"]
     assert "balanced-bce, Bayes decoding" in capsys.readouterr().out and not (tmp_path / "none").exists()
@@ -540,7 +519,7 @@ def test_bad_input_is_one_error_line_and_writes_nothing(tmp_path, capsys, flags,
 
 def test_a_checkpoint_of_another_net_or_kind_is_refused_and_the_difference_named(full, tmp_path, capsys):
     folder, _ = full
-    tiny_npz(tmp_path / "tiny.npz")
+    tiny_npz(tmp_path / "tiny.npz", CLASS_COUNTS)
     mgp, model = str(folder / "run" / "mgp.pt"), str(folder / "run" / "model.pt")
     for flags, words in ((["--mgp-checkpoint", mgp, "--width", "24"], "has width 16, not 24"),
                          (["--mgp-checkpoint", mgp, "--depth", "3"], "has depth 2, not 3"),
