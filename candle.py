@@ -23,6 +23,8 @@ Where we depart, or had to choose:
   reading; without calibration there is no teacher classifier to follow.
 - paper: calibration's schedule open / here: SGD as MiSLAS's second stage; smoothing factors are MiSLAS's for
   CIFAR and [D]'s elsewhere; samples are class-balanced, each class exactly as often.
+- paper: M resizes maps to the nearest cell / here: where a map's side is a multiple (8 to 4, of small nets
+  alone) by means, because the nearest of four cells is hard to predict (results/candle.md).
 - [D]: a crop for each resolution, on CIFAR with one resolution no crop / here: one crop and flip in every
   row, resized on the device.
 - paper: ImageNet-21K's EfficientNet teaches the large sets / here: torchvision's, which knows ImageNet-1K
@@ -257,8 +259,9 @@ class SizeInterpolationConcat(nn.Module):
         self.width, self.side = sum(widths), side
 
     def forward(self, maps):
-        return torch.cat([F.interpolate(conv(x), (self.side, self.side), mode="nearest")
-                          for conv, x in zip(self.convs, maps, strict=True)], 1)
+        maps = [conv(x) for conv, x in zip(self.convs, maps, strict=True)]
+        return torch.cat([F.interpolate(x, (self.side, self.side), mode="nearest" if x.shape[-1] % self.side
+                                        else "area") for x in maps], 1)
 
 
 class Teacher(nn.Module):
@@ -305,20 +308,18 @@ class Student(nn.Module):
         return self.classifier(features), features
 
 
-def save_model(path, model, data, packed=False):
-    """Write a net with what rebuilds it and prepares its images. packed: its binary weights as single bits;
-    loaded again, its convolutions hold mean|w| sign(w) as real weights."""
-    settings = {**model.settings, "binarize": "activations"} if packed else model.settings
-    state = pack(model) if packed else {name: value.cpu() for name, value in model.state_dict().items()}
+def save_model(path, model, data):
+    """Write a net with what rebuilds it and prepares its images."""
     runtime.save_checkpoint(path, {
-        "method": "candle", "kind": type(model).__name__, "arch": settings["arch"], "settings": settings,
-        "dataset": data.name, "class_names": data.class_names, "mean": data.mean, "std": data.std,
-        "image_size": data.image_size, "packed": packed, "state_dict": state})
+        "method": "candle", "kind": type(model).__name__, "arch": model.settings["arch"], "packed": False,
+        "settings": model.settings, "dataset": data.name, "class_names": data.class_names, "mean": data.mean,
+        "std": data.std, "image_size": data.image_size,
+        "state_dict": {name: value.cpu() for name, value in model.state_dict().items()}})
 
 
 def load_model(path, num_classes=None):
-    """A saved teacher or student (or packed one) in eval mode, on the CPU, and what was saved with it
-    (class_names, mean, std, ...). Raises ValueError, also where it has other than num_classes classes."""
+    """A saved teacher or student (packed: mean|w| sign(w) as real weights) in eval mode, on the CPU, and what
+    was saved with it. Raises ValueError, also where it knows other than num_classes classes."""
     saved = runtime.load_net(path, "candle", None, num_classes)
     model = {"Teacher": Teacher, "Student": Student}[saved["kind"]](**saved["settings"])
     model.load_state_dict(unpack(saved["state_dict"]) if saved["packed"] else saved["state_dict"])
@@ -476,7 +477,8 @@ def main(args):
         loader = make_loader(split, data, 256, device, workers=args.workers, skip_bad=args.skip_bad_images)
         if args.export:
             path = Path(args.export).with_name(f"{Path(args.export).stem}_packed.pt")
-            save_model(path, model, data, packed=True)
+            saved["settings"]["binarize"] = "activations"
+            runtime.save_checkpoint(path, {**saved, "packed": True, "state_dict": pack(model)})
             runtime.say(f"wrote {path}: {path.stat().st_size / 1e6:.2f} MB")
             model, _ = load_model(path)
         if saved_net:
@@ -490,7 +492,7 @@ def main(args):
     with runtime.bad_input((UnreadableImage, Diverged), shared=False):
         stages = run_stages(args, data, loader, encoder, *map_shape, run, device)
     runtime.say(table([(stage["name"], stage) for stage in stages]))
-    if encoder is not None and not args.teacher_weights and "imagenet_lt" in (data.name, args.recipe):
+    if encoder is not None and not args.teacher_weights and data.name == "imagenet_lt":
         runtime.say("warning: the teacher learnt these classes from all of ImageNet-1K (paper: ImageNet-21K)")
     return run.finish("candle", data, stages)
 

@@ -37,8 +37,8 @@ The paper's other comparisons, flags to add: --from-scratch --loss ce --augment 
 --image-size 384 fine-tunes at 384 pixels; --stage mgp --image-size 128 pre-trains iNat18 as the paper does.
 CIFAR its way: --recipe imagenet_lt --stage bft --mgp-checkpoint FILE --image-size 64 --epochs 20.
 
-What to expect (last epoch, all classes; results/livt.md): embedded images, 3 seeds: BCE 52.0 +- 1.0, Bal-BCE
-70.2 +- .3, decoded by `bayes_decode` 72.8 +- .8; without MGP 66.2 +- 1.0. 100 classes of Tiny-ImageNet,
+What to expect (last epoch, all classes; results/livt.md): embedded images, 3 seeds: BCE 50.9 +- .8, Bal-BCE
+68.8 +- .9, decoded by `bayes_decode` 72.1 +- .6; without MGP 65.8 +- .4. 100 classes of Tiny-ImageNet,
 a tiny ViT, a very short schedule, 1 seed: BCE 4.8, CE 12.9, Bal-CE 16.7, Bal-BCE 16.3, without MGP 9.6.
 """
 import argparse

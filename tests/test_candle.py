@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -231,7 +232,7 @@ def test_lambda_rises_if_and_only_if_the_feature_loss_is_larger_and_runs_to_the_
 
 # ---------------------------------------------------------------- module and nets
 
-def test_the_module_joins_4_7_and_15_at_7_and_knows_the_student_s_slice():
+def test_the_module_joins_4_7_and_15_at_7_halves_8_by_means_and_knows_the_student_s_slice():
     torch.manual_seed(0)
     module = candle.SizeInterpolationConcat(24, 1024, [128, 224, 480], 224, 7)
     maps = [torch.randn(2, 24, side, side) for side in (4, 7, 15)]
@@ -246,6 +247,8 @@ def test_the_module_joins_4_7_and_15_at_7_and_knows_the_student_s_slice():
     first = module.convs[0](maps[0])  # nearest: 4 pixels become 7
     nearest = [i * 4 // 7 for i in range(7)]
     assert torch.allclose(out[:, :512], first[:, :, nearest][:, :, :, nearest])
+    halved = candle.SizeInterpolationConcat(24, 64, [32], 32, 4)([torch.arange(64.0).reshape(1, 1, 8, 8)])
+    assert halved[0, 0, 0].tolist() == [4.5, 6.5, 8.5, 10.5]  # means of 2x2: 0, 1, 8, 9 and so on
     other = candle.SizeInterpolationConcat(24, 64, [224, 128], 224, 7)
     assert (other.own.start, other.own.stop, other.width) == (0, 64, 96)
     alone = candle.SizeInterpolationConcat(24, 64, [224], 224, 7)
@@ -540,8 +543,9 @@ def test_evaluate_scores_a_saved_net_and_writes_nothing(full, tmp_path):
 
 
 def test_an_exported_student_has_1_bit_weights_and_the_same_logits_on_the_test_images(full, capsys):
+    other = shutil.copy(full.npz, full.npz.with_name("other.npz"))  # the file says what it was trained on
     result = candle.main(candle.parse_args([
-        "--dataset", str(full.npz), "--export", str(full.folder / "student.pt"), "--device", "cpu",
+        "--dataset", str(other), "--export", str(full.folder / "student.pt"), "--device", "cpu",
         "--no-amp"]))
     path = full.folder / "student_packed.pt"
     assert f"wrote {path}" in capsys.readouterr().out
@@ -551,6 +555,7 @@ def test_an_exported_student_has_1_bit_weights_and_the_same_logits_on_the_test_i
     with torch.no_grad():
         assert torch.equal(model(images)[0], packed(images)[0])
     assert result["per_class_accuracy"] == full.result["per_class_accuracy"]
+    assert saved["dataset"] == str(full.npz)
     binary = saved["state_dict"]["binary"]
     assert len(binary) == 16 and all(entry["bits"].dtype == torch.uint8 for entry in binary.values())
     assert sum(entry["bits"].numel() for entry in binary.values()) * 8 == sum(
@@ -735,10 +740,15 @@ def test_an_imagenet_1k_teacher_on_imagenet_lt_is_warned_of(full, capsys, monkey
     flags = tiny_flags(full.folder.parent)
     place = flags.index("--teacher-weights")
     del flags[place:place + 2]
-    for recipe, warned in (("imagenet_lt", True), ("places_lt", False)):
-        candle.main(candle.parse_args([*flags, "--recipe", recipe, "--no-calibration", "--epochs", "1",
-                                       "--batch-size", "128", "--out",
-                                       str(full.folder.parent / f"warned {recipe}")]))
+    for name, warned in (("imagenet_lt", True), ("places_lt", False)):
+        def named(*settings):
+            data = load(*settings)
+            data.name = name
+            return data
+        monkeypatch.setattr(candle, "load", named)
+        candle.main(candle.parse_args([*flags, "--recipe", "imagenet_lt", "--no-calibration", "--epochs",
+                                       "1", "--batch-size", "128", "--out",
+                                       str(full.folder.parent / f"warned {name}")]))
         shown = capsys.readouterr().out
         assert ("warning: the teacher learnt these classes from all of ImageNet-1K" in shown) == warned
 
