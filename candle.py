@@ -56,7 +56,7 @@ from tqdm import tqdm
 from common import runtime
 from common.data import ASSETS, ImageFiles, image_side, load
 from common.evaluate import Diverged, classifier_by_frequency, head_median_tail, predict, scores, table
-from common.loader import UnreadableImage, make_loader, resize, split_batches
+from common.loader import UnreadableImage, every_image, make_loader, resize, split_batches
 from common.reactnet import ReActNet18, ReActNetA, pack, unpack
 from common.resnet import CosineClassifier, build_encoder
 
@@ -399,7 +399,7 @@ def train_stage(name, parts, step_of, terms, sample, optimizer, epochs, data, te
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1
-                if run.must_stop(step):
+                if run.must_stop():
                     state.update(step=step, losses=losses[:, :step], seconds=time.time() - started)
                     run.save_stage(state, parts, optimizer)
                     run.stop()
@@ -425,9 +425,9 @@ def train_stage(name, parts, step_of, terms, sample, optimizer, epochs, data, te
 
 def assess(model, loader, data, args):
     """A net's scores, each rank computing its part; its classifier from the head to the tail."""
-    mine = range(runtime.rank(), loader.num_images, runtime.ranks())
+    images = every_image(loader, runtime.rank(), runtime.ranks())
     logits, _, targets = (runtime.gather_ranks(part) for part in
-                          predict(model, loader.batches(mine), runtime.autocast(loader.device, args.amp)))
+                          predict(model, images, runtime.autocast(loader.device, args.amp)))
     result = scores(logits, targets, data.class_counts)
     return {**result, **head_median_tail(result["per_class_accuracy"], data.class_counts, args.head_median),
             **classifier_by_frequency(model.classifier, data.class_counts)}

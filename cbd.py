@@ -46,7 +46,7 @@ from tqdm import tqdm
 from common import runtime
 from common.data import image_side, load
 from common.evaluate import Diverged, class_sums, nearest_class_mean, predict, scores, table
-from common.loader import UnreadableImage, make_loader, split_batches
+from common.loader import UnreadableImage, every_image, make_loader, split_batches
 from common.resnet import ARCHS, CosineClassifier, build_backbone
 
 # ---------------------------------------------------------------- recipes
@@ -318,7 +318,7 @@ def train_stage(name, model, loss_of, sample, augmentation, epochs, lr, data, te
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1
-                if run.must_stop(step):
+                if run.must_stop():
                     state.update(step=step, losses=losses[:step], seconds=time.time() - started)
                     run.save_stage(state, model, optimizer)
                     run.stop()
@@ -341,8 +341,8 @@ def train_stage(name, model, loss_of, sample, augmentation, epochs, lr, data, te
 
 def outputs(model, loader, amp):
     """(logits, features, targets) of all of the loader's images, each rank computing its part of them."""
-    mine = range(runtime.rank(), loader.num_images, runtime.ranks())
-    parts = predict(model, loader.batches(mine), runtime.autocast(loader.device, amp))
+    images = every_image(loader, runtime.rank(), runtime.ranks())
+    parts = predict(model, images, runtime.autocast(loader.device, amp))
     return [runtime.gather_ranks(part) for part in parts]
 
 
@@ -350,8 +350,8 @@ def assess(model, train_loader, test_loader, data, amp):
     """A net's scores, NCM's accuracy among them (appendix A.5), and what an ensemble needs: its logits, unit
     features [N, D], class means [C, D], and the targets."""
     logits, features, targets = outputs(model, test_loader, amp)
-    mine = range(runtime.rank(), train_loader.num_images, runtime.ranks())
-    means = runtime.sum_ranks(class_sums(model, train_loader.batches(mine), data.num_classes,
+    images = every_image(train_loader, runtime.rank(), runtime.ranks())
+    means = runtime.sum_ranks(class_sums(model, images, data.num_classes,
                                          runtime.autocast(train_loader.device, amp)))
     means /= torch.from_numpy(data.class_counts).to(means.device)[:, None]
     return {**scores(logits, targets, data.class_counts), "ncm": ncm_accuracy(means, features, targets)}, \

@@ -54,7 +54,7 @@ from tqdm import tqdm
 from common import runtime
 from common.data import balanced_subset, image_side, load
 from common.evaluate import Diverged, predict, scores, table
-from common.loader import UnreadableImage, make_loader, mixup_cutmix, split_batches
+from common.loader import UnreadableImage, every_image, make_loader, mixup_cutmix, split_batches
 from common.vit import MAE, VIT_SIZES, ViT, random_masking, resize_positions
 
 # ---------------------------------------------------------------- recipes
@@ -368,7 +368,7 @@ def train_stage(name, model, loss_of, augmentation, settings, data, test_loader,
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1
-                if run.must_stop(step):
+                if run.must_stop():
                     state.update(step=step, losses=losses[:step], seconds=time.time() - started)
                     run.save_stage(state, model, optimizer)
                     run.stop()
@@ -393,8 +393,8 @@ def train_stage(name, model, loss_of, augmentation, settings, data, test_loader,
 
 def outputs(model, loader, amp):
     """(logits, targets) of all of the loader's images, each rank computing its part of them."""
-    mine = range(runtime.rank(), loader.num_images, runtime.ranks())
-    logits, _, targets = predict(model, loader.batches(mine), runtime.autocast(loader.device, amp))
+    images = every_image(loader, runtime.rank(), runtime.ranks())
+    logits, _, targets = predict(model, images, runtime.autocast(loader.device, amp))
     return runtime.gather_ranks(logits).cpu(), runtime.gather_ranks(targets).cpu()
 
 

@@ -156,7 +156,7 @@ def predict(model, batches, autocast):
     for images, targets, *rest in batches:
         with autocast():
             logits, features = model(images)
-        kept = slice(0, 0) if rest and rest[0] == 0 else slice(None)  # share 0: no readable image in it
+        kept = slice(0, 0) if rest and rest[0] == 0 else slice(None)  # share 0: none of its images counts
         outputs.append((logits[kept].float(), features[kept].float(), targets[kept]))
     return [torch.cat(parts) for parts in zip(*outputs)]
 
@@ -168,13 +168,12 @@ def class_sums(model, batches, num_classes, autocast):
     model.eval()
     sums = None
     for images, targets, *rest in batches:
-        if rest and rest[0] == 0:  # share: it holds no readable image
-            continue
         with autocast():
             features = model(images)[1]
         features = F.normalize(features.float(), dim=1)
         sums = torch.zeros(num_classes, features.shape[1], device=features.device) if sums is None else sums
-        sums.index_add_(0, targets, features)
+        kept = slice(0, 0) if rest and rest[0] == 0 else slice(None)  # as in `predict`
+        sums.index_add_(0, targets[kept], features[kept])
     return sums
 
 

@@ -76,17 +76,24 @@ def split_batches(num_indices, batch_size, rank=0, ranks=1, accumulation=1, firs
     def parts():
         for start in range(first_step * batch_size, num_indices, batch_size):
             whole = range(start, min(start + batch_size, num_indices))
-            mine, weight = (whole[rank::ranks], 1 / len(whole)) if len(whole) >= ranks else \
-                (whole, 1 / (len(whole) * ranks))
+            takers = ranks if len(whole) >= ranks else 1  # among which it is dealt out
+            mine, weight = whole[rank % takers::takers], 1 / (len(whole) * (ranks // takers))
             # as many as the largest rank's part needs, but no more than the smallest one has images
-            most, least = (math.ceil(len(whole) / ranks), len(whole) // ranks) if len(whole) >= ranks else \
-                (len(whole), len(whole))
-            pieces = min(math.ceil(most * ranks * accumulation / batch_size), least)
+            pieces = min(math.ceil(math.ceil(len(whole) / takers) * ranks * accumulation / batch_size),
+                         len(whole) // takers)
             cuts = [len(mine) * i // pieces for i in range(pieces + 1)]
             for i in range(pieces):
                 part = mine[cuts[i]:cuts[i + 1]]
                 yield part, len(part) * weight, i == pieces - 1
     return parts()
+
+
+def every_image(loader, rank=0, ranks=1):
+    """Batches of all of the loader's images, each once: this rank's every ranks-th. A rank that gets none of
+    a few images yields one with share 0: it does not count."""
+    mine = range(rank, loader.num_images, ranks)
+    for images, targets, share, ends_step in loader.batches(mine or [0]):
+        yield images, targets, share if mine else 0.0, ends_step
 
 
 # ---------------------------------------------------------------- augmentation of whole batches

@@ -1,5 +1,6 @@
 """Device, seeds, torchrun, checkpoints, run folder: nothing that a paper says."""
 import argparse
+import atexit
 import contextlib
 import datetime
 import hashlib
@@ -180,6 +181,8 @@ def start_ranks(device_name):
     if ranks() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(minutes=30))
+        if dist.get_backend() == "gloo":  # whose threads may else abort the process in its last moments
+            atexit.register(dist.destroy_process_group)
     return device
 
 
@@ -314,6 +317,7 @@ class Run:
 
     def __init__(self, folder, args, state, lock=None):
         self.folder, self.args, self.state, self.started = folder, args, state, time.time()
+        self.steps = 0  # in this process
         self.device = choose_device(args.device)
         self.seconds_before = state.get("run_seconds", 0.0)
         self.lock, self.signal, self.handlers = lock, None, {}
@@ -353,10 +357,11 @@ class Run:
         self.save(stage=state["stage"], progress={**state, "losses": losses}, model=model.state_dict(),
                   optimizer=optimizer.state_dict(), done=self.state.get("done", {}))
 
-    def must_stop(self, step):
+    def must_stop(self):
         """Whether the run must end after this step: a signal has come, or --time-limit (minutes since this
-        process's start) has passed. Under torchrun the ranks agree on it at every 16th step."""
-        if ranks() > 1 and step % 16:
+        process's start) has passed. Under torchrun the ranks agree on it in every 16th call."""
+        self.steps += 1
+        if ranks() > 1 and self.steps % 16:
             return False
         limit = self.args.time_limit
         stops = self.signal is not None or limit is not None and time.time() - self.started > 60 * limit

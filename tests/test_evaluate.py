@@ -230,6 +230,9 @@ def test_nearest_class_mean_refuses_what_has_no_mean():
 def test_class_sums_stand_for_all_kept_features():
     train, targets, test = random_features()
     batches = [(part, labels) for part, labels in zip(train.split(8), targets.split(8))]
+    uncounted = (train[:2], targets[:2], 0.0, True)  # share 0
+    assert class_sums(Passing(), [uncounted], 5, contextlib.nullcontext).eq(0).all()
+    batches.insert(1, uncounted)
     sums = class_sums(Passing(), batches, 5, contextlib.nullcontext)
     counts = torch.bincount(targets).view(-1, 1)
     from_sums = nearest_class_mean(sums / counts, torch.arange(5), test, 5)

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from common.data import Dataset, ImageFiles, Images, load
-from common.loader import (AUGMENTATIONS, CHUNK, UnreadableImage, color_jitter_gray, make_loader, mix_seed,
-                           mixup_cutmix, rand_augment, random_box, random_erasing,
+from common.loader import (AUGMENTATIONS, CHUNK, UnreadableImage, color_jitter_gray, every_image, make_loader,
+                           mix_seed, mixup_cutmix, rand_augment, random_box, random_erasing,
                            random_resized_crop_flip, resize, split_batches)
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -124,6 +124,17 @@ def test_without_augmentation_a_batch_is_pixels_minus_mean_over_std():
             expected = (images[index, :, :, channel] / 255 - MEAN[channel]) / STD[channel]
             assert np.allclose(image[channel], expected, rtol=0, atol=1e-5)
     assert torch.cat([batch.targets for batch in batches]).tolist() == [i % 7 for i in indices]
+
+
+@pytest.mark.parametrize("n, ranks", [(7, 1), (7, 3), (2, 3)])
+def test_every_image_counts_once_among_the_ranks_and_no_rank_goes_without_a_batch(n, ranks):
+    loader = loader_of(tiny(random_images(n)), 2)
+    counted = []
+    for rank in range(ranks):
+        batches = list(every_image(loader, rank, ranks))
+        assert batches
+        counted += [t for _, targets, share, _ in batches if share > 0 for t in targets.tolist()]
+    assert sorted(counted) == list(range(n))
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)

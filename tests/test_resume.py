@@ -124,7 +124,7 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_alive_until_it_is_writte
 def test_a_second_signal_ends_the_process_at_once():
     code = ("import os, signal, time\nfrom types import SimpleNamespace\nfrom common import runtime\n"
             "run = runtime.Run('.', SimpleNamespace(device='cpu', time_limit=None), {})\n"
-            "os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(.01)\nassert run.must_stop(1)\n"
+            "os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(.01)\nassert run.must_stop()\n"
             "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=50).returncode == -signal.SIGINT
 
@@ -193,6 +193,15 @@ def test_two_processes_cannot_write_to_one_folder(tmp_path):
     first.wait(10)
     third = start(tmp_path, "cbd", "--epochs", "1000", "--out", "run", "--resume", "--time-limit", "0")
     assert third.wait(120) == 0  # the dead process's lock is gone with it
+
+
+def test_two_ranks_of_a_few_steps_an_epoch_stop_at_the_time_limit(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(ROOT / "cbd.py"), *flags(tmp_path, "cbd"), "--epochs", "1000", "--out", "run",
+               "--time-limit", "0"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "stopped by --time-limit" in done.stdout, done.stderr
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["stage"] == "teacher 1, standard"
 
 
 def test_a_dead_rank_ends_the_others_within_a_minute(tmp_path):
