@@ -22,6 +22,8 @@ Where we depart, or had to choose ([L]: hshustc/CVPR19_Incremental_Learning, whi
 - paper: one schedule for both phases / here: phase two has its own lr and epochs where a recipe says so:
   ours.
 - paper: progressive sampling "could be incorporated" / here: in phase one and in plain; phase two shuffles.
+- paper: augmentation not given / here: crop, flip, on ImageNet-LT and Places-LT colour jitter, as
+  classifier-balancing@f162ade, but crops from .05 of the area on (there .08), as cbd.py's.
 - paper: batch sizes of the large sets, and epochs of ImageNet-LT, not given / here: as the recipes say.
 - paper: rows marked with a dagger have "extended parameters" that are not described / here: left out.
 - Under torchrun and --grad-accumulation the graph of Eq. (6) and the mean of Eq. (9) span one rank's part of
@@ -31,9 +33,9 @@ Where we depart, or had to choose ([L]: hshustc/CVPR19_Incremental_Learning, whi
     python async_lt.py --dataset cifar100_lt
     torchrun --nproc_per_node 8 async_lt.py --dataset imagenet_lt --data-dir /data/imagenet
 
-What to expect (last epoch, all classes; results/async_lt.md): embedded images, 5 seeds: plain 78.0 +- 1.1, two
-phases 79.0 +- .8, its rarest classes 43.4 -> 53.2. 100 classes of Tiny-ImageNet in CIFAR-100-LT's shape, 30
-epochs, 3 seeds: plain 27.6 +- .4, two phases 29.6 +- 1.0; without the retentive loss 27.6 (1 seed).
+What to expect (last epoch, all classes; results/async_lt.md): embedded images, 5 seeds: plain 78.0 +- 1.1,
+two phases 79.0 +- .8, its rarest classes 43.4 -> 53.2. 100 classes of Tiny-ImageNet in CIFAR-100-LT's shape,
+30 epochs, 3 seeds: plain 27.6 +- .4, two phases 29.6 +- 1.0; without the retentive loss 27.6 (1 seed).
 """
 import argparse
 import copy
@@ -274,10 +276,10 @@ def save_model(path, model, args, data):
         "state_dict": {name: value.cpu() for name, value in model.state_dict().items()}})
 
 
-def load_model(path, arch=None, num_classes=None):
+def load_model(path, num_classes=None, arch=None):
     """A saved net in eval mode, on the CPU, and what was saved with it (class_names, mean, std, ...). Raises
     ValueError, also where arch or num_classes are given and the net has others."""
-    saved = runtime.load_net(path, "async_lt", arch, num_classes)
+    saved = runtime.load_net(path, "async_lt", num_classes, arch)
     model = AsyncNet(saved["arch"], len(saved["class_names"]), image_size=saved["image_size"])
     model.load_state_dict(saved["state_dict"])
     return model.to(memory_format=torch.channels_last).eval(), saved
@@ -291,7 +293,7 @@ def step_lr(progress, lr, milestones, gamma):
 
 
 def cosine_lr(progress, lr):
-    """From lr at progress 0 to 0 at progress 1."""
+    """Half a cosine from lr to 0, without warm-up. progress: a fraction of the epochs, in [0, 1]."""
     return lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -440,27 +442,28 @@ def main(args):
         with runtime.first_rank_first():
             data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed, args.train_list,
                         args.test_list)
-        split = getattr(data, args.evaluate_on)
-        if split is None:
-            raise ValueError(f"{data.name} has no validation images; leave out --evaluate-on val")
+        split = data.split(args.evaluate_on)
         split_batches(1, args.batch_size, 0, runtime.ranks(), args.grad_accumulation)  # raises if it cannot
         path = args.evaluate or args.phase_one_checkpoint
         if path:  # a trained net sees images as it did when it was trained
-            trained, saved = load_model(path, None if args.evaluate else args.arch, data.num_classes)
+            trained, saved = load_model(path, data.num_classes, None if args.evaluate else args.arch)
             data.mean, data.std = saved["mean"], saved["std"]
         loaders = [make_loader(part, data, 256, device, workers=args.workers, skip_bad=args.skip_bad_images)
                    for part in (data.train, split)]
         if args.evaluate:
             result = assess(trained.to(device), loaders[1], data, args.amp)
+            runtime.report_bad_images(loaders)
             runtime.say(table([(Path(args.evaluate).stem, result)]))
             return {"method": "async_lt", "dataset": data.name, **result}
         order, num_old = phase_one_classes(data.class_counts, args.phase_one_classes)
         if path and not torch.equal(trained.known.nonzero().flatten(), order[:num_old].sort().values):
             raise ValueError(f"{path} was trained on other classes than the {num_old} of phase one here")
-        build_backbone(args.arch, data.image_size, pretrained=args.pretrained)  # without weights, says so now
+        with runtime.first_rank_first():  # which downloads the weights
+            build_backbone(args.arch, data.image_size, pretrained=args.pretrained)
         run = runtime.open_run(args, "async_lt")
-    with runtime.bad_input((UnreadableImage, Diverged), shared=False):
+    with runtime.bad_input((UnreadableImage, Diverged)):
         stages = run_stages(args, data, loaders, order, num_old, trained if path else None, run, device)
+    runtime.report_bad_images(loaders)
     runtime.say(table([(stage["name"], stage) for stage in stages]))
     return run.finish("async_lt", data, stages)
 
@@ -521,8 +524,7 @@ def run_stages(args, data, loaders, order, num_old, trained, run, device):
     # Memory bank M, Eq. (2) to (5); phase two trains on D = M u X2
     head = torch.isin(targets, old).nonzero().flatten()
     features, labels, head = extract_features(old_model, loaders[0], head, args.amp)
-    bank = [head[own][select_exemplars(features[own], args.memory_per_class)]
-            for own in (labels == c for c in old)]
+    bank = [head[labels == c][select_exemplars(features[labels == c], args.memory_per_class)] for c in old]
     short = sum(len(chosen) < args.memory_per_class for chosen in bank)
     if short:
         runtime.say(f"note: {short} phase-one classes have fewer than {args.memory_per_class} images; the "
@@ -538,13 +540,13 @@ def run_stages(args, data, loaders, order, num_old, trained, run, device):
         tail_features, tail_targets, _ = extract_features(old_model, loaders[0], tail, args.amp)
         imprint(model.classifier, tail_features.to(device), tail_targets.to(device), new, old)
     graph_weight = args.lambda_scale * math.sqrt(num_old / len(new))  # lambda, appendix A
-    by_rank, rank_of = order.to(device), order.argsort().to(device)  # place by frequency <-> class id
+    by_frequency, place_of = order.to(device), order.argsort().to(device)  # place by frequency <-> class id
 
     def phase_two_loss(images, targets, logits, features):
         loss = F.cross_entropy(logits, targets)
         if args.margin:
             cosines = logits / model.classifier.scale
-            loss = loss + margin_loss(cosines[:, by_rank], rank_of[targets], num_old)
+            loss = loss + margin_loss(cosines[:, by_frequency], place_of[targets], num_old)
         if args.retentive:
             with torch.inference_mode():
                 before = old_model.backbone(images)

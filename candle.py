@@ -26,7 +26,7 @@ Where we depart, or had to choose:
 - paper: M resizes maps to the nearest cell / here: where a map's side is a multiple (8 to 4, of small nets
   alone) by means, because the nearest of four cells is hard to predict (results/candle.md).
 - [D]: a crop for each resolution, on CIFAR with one resolution no crop / here: one crop and flip in every
-  row, resized on the device.
+  row, from .05 of the area on (.08), resized on the device.
 - paper: ImageNet-21K's EfficientNet teaches the large sets / here: torchvision's, which knows ImageNet-1K
   alone; --teacher-weights takes others of that shape.
 - ReActNet: weights start at rand * .001 / here: as Conv2d's, because batch norm's epsilon is comparable to
@@ -113,7 +113,7 @@ def parse_args(argv=None):
     add("--evaluate-on", choices=["test", "val"], default="test", help="split that is scored")
     add("--workers", type=int, default=runtime.cores(), help="decoding processes for image files, a rank")
     add("--skip-bad-images", action=boolean, default=False, help="leave out files that cannot be decoded")
-    add = parser.add_argument_group("teacher and method").add_argument
+    add = parser.add_argument_group("method").add_argument
     add("--teacher", help="torchvision's name of a convolutional net, or a CIFAR ResNet (resnet14)")
     add("--teacher-weights", metavar="FILE", help="its state dict (ImageNet-1K's, downloaded), or: embedded")
     add("--resolutions", type=int, nargs="+", help="that the teacher sees, in pixels")
@@ -129,7 +129,7 @@ def parse_args(argv=None):
     add("--balance-lr", type=float, default=1e-3, help="of lambda's network")
     add("--kl-reduction", choices=["mean", "batchmean"], default="mean", help="or summed over classes")
     add("--direct-multi-resolution", action=boolean, default=False, help="to the student too (Figure 5)")
-    add = parser.add_argument_group("student and its optimisation").add_argument
+    add = parser.add_argument_group("optimisation").add_argument
     add("--arch", choices=NETS, help="of the student")
     add("--student-width", type=float, help="factor of its channels")
     add("--student-resolution", type=int, help="pixels; one of --resolutions")
@@ -143,7 +143,7 @@ def parse_args(argv=None):
     add("--grad-accumulation", type=int, default=1, help="parts that a rank's batch is cut into")
     add("--sync-bn", action=boolean, default=False, help="batch norm over all ranks (GPUs)")
     add("--amp", action=boolean, default=True, help="bf16 where the device computes it")
-    add("--compile", action=boolean, default=False, help="torch.compile the student")
+    add("--compile", action=boolean, default=False, help="torch.compile the trained net")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=int, default=0, help="initialisation, sampling, augmentation")
     add("--quick", action=boolean, default=False, help="the same method on a short schedule")
@@ -160,7 +160,7 @@ def parse_args(argv=None):
     return args
 
 
-# ---------------------------------------------------------------- sampler and losses
+# ---------------------------------------------------------------- samplers and losses
 
 def class_balanced_indices(targets, generator):
     """As many draws as images: every class once a round, in a new order; its images in a shuffled cycle.
@@ -320,7 +320,7 @@ def save_model(path, model, data):
 def load_model(path, num_classes=None):
     """A saved teacher or student (packed: mean|w| sign(w) as real weights) in eval mode, on the CPU, and what
     was saved with it. Raises ValueError, also where it knows other than num_classes classes."""
-    saved = runtime.load_net(path, "candle", None, num_classes)
+    saved = runtime.load_net(path, "candle", num_classes)
     model = {"Teacher": Teacher, "Student": Student}[saved["kind"]](**saved["settings"])
     model.load_state_dict(unpack(saved["state_dict"]) if saved["packed"] else saved["state_dict"])
     return model.to(memory_format=torch.channels_last).eval(), saved
@@ -329,7 +329,7 @@ def load_model(path, num_classes=None):
 # ---------------------------------------------------------------- schedule and training
 
 def cosine_lr(progress, lr):
-    """From lr at progress 0 to 0 at progress 1."""
+    """Half a cosine from lr to 0, without warm-up. progress: a fraction of the epochs, in [0, 1]."""
     return lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -465,9 +465,7 @@ def main(args):
                 if min(args.resolutions) < encoder.stride:
                     raise ValueError(f"--resolutions {min(args.resolutions)} leaves no map: the teacher's "
                                      f"stride is {encoder.stride}")
-        split = getattr(data, args.evaluate_on)
-        if split is None:
-            raise ValueError(f"{data.name} has no validation images; leave out --evaluate-on val")
+        split = data.split(args.evaluate_on)
         split_batches(1, args.batch_size, 0, runtime.ranks(), args.grad_accumulation)  # raises if it cannot
         if saved_net:  # it sees images as it did when it was trained
             model, saved = load_model(saved_net, data.num_classes)
@@ -483,14 +481,16 @@ def main(args):
             model, _ = load_model(path)
         if saved_net:
             result = assess(model.to(device), loader, data, args)
+            runtime.report_bad_images([loader])
             runtime.say(table([(Path(saved_net).stem, result)]))
             return {"method": "candle", "dataset": data.name, **result}
         with torch.device("meta"):  # shapes alone; fails now if it cannot be built
             net = NETS[args.arch](data.num_classes, args.student_width, args.student_resolution).eval()
             map_shape = net.features(torch.empty(1, 3, *[args.student_resolution] * 2)).shape[1:3]
         run = runtime.open_run(args, "candle")
-    with runtime.bad_input((UnreadableImage, Diverged), shared=False):
+    with runtime.bad_input((UnreadableImage, Diverged)):
         stages = run_stages(args, data, loader, encoder, *map_shape, run, device)
+    runtime.report_bad_images([loader])
     runtime.say(table([(stage["name"], stage) for stage in stages]))
     if encoder is not None and not args.teacher_weights and data.name == "imagenet_lt":
         runtime.say("warning: the teacher learnt these classes from all of ImageNet-1K (paper: ImageNet-21K)")

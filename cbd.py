@@ -28,9 +28,11 @@ Where we depart, [G] being the authors' code, google-research/class_balanced_dis
 
     python cbd.py                                                     # embedded images, 2 minutes on 2 cores
     python cbd.py --dataset cifar100_lt --teachers 4
-    torchrun --nproc_per_node 8 cbd.py --dataset folder --data-dir /data/imagenet_lt --teachers 4
+    torchrun --nproc_per_node 8 cbd.py --dataset imagenet_lt --data-dir /data/imagenet --teachers 4
 
-What to expect, with commands, hardware and raw logs: results/cbd.md.
+What to expect (last epoch, all classes; results/cbd.md): embedded images, 5 seeds: teacher 71.6 +- .6,
+class-balanced sampling 77.8 +- .5, CBD 78.7 +- .3, with 4 teachers 77.8 +- .4. 100 classes of Tiny-ImageNet
+in CIFAR-100-LT's shape, 30 epochs, 1 seed: teacher 23.8, class-balanced 17.8, CBD 29.6, with 4 teachers 31.1.
 """
 import argparse
 import copy
@@ -256,12 +258,12 @@ def save_model(path, model, augmentation, args, data):
         "state_dict": {name: value.cpu() for name, value in model.state_dict().items()}})
 
 
-def load_model(path, arch=None, num_classes=None):
+def load_model(path, num_classes=None, arch=None):
     """A saved net in eval mode, on the CPU, and what was saved with it (class_names, mean, std, ...).
 
     arch, num_classes: refuse a net that has others. Raises ValueError.
     """
-    saved = runtime.load_net(path, "cbd", arch, num_classes)
+    saved = runtime.load_net(path, "cbd", num_classes, arch)
     model = CBDNet(saved["arch"], len(saved["class_names"]), saved["gamma"], saved["project_to"],
                    saved["image_size"])
     model.load_state_dict(saved["state_dict"])
@@ -270,9 +272,9 @@ def load_model(path, arch=None, num_classes=None):
 
 # ---------------------------------------------------------------- schedule
 
-def cosine_lr(step, total_steps, lr):
-    """Learning rate of a step, from lr at step 0 towards 0 at total_steps, without warm-up."""
-    return lr * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+def cosine_lr(progress, lr):
+    """Half a cosine from lr to 0, without warm-up. progress: a fraction of the epochs, in [0, 1]."""
+    return lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # ---------------------------------------------------------------- training
@@ -314,7 +316,7 @@ def train_stage(name, model, loss_of, sample, augmentation, epochs, lr, data, te
             if ends_step:
                 runtime.sum_gradients(parameters)
                 for group in optimizer.param_groups:
-                    group["lr"] = cosine_lr(epoch * steps + step, epochs * steps, lr)
+                    group["lr"] = cosine_lr((epoch + step / steps) / epochs, lr)
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1
@@ -324,7 +326,7 @@ def train_stage(name, model, loss_of, sample, augmentation, epochs, lr, data, te
                     run.stop()
         runtime.average_buffers(model)
         mean_loss = run.check_losses(  # the epoch's one host sync
-            losses, name, epoch, lambda step: cosine_lr(epoch * steps + step, epochs * steps, lr))
+            losses, name, epoch, lambda step: cosine_lr((epoch + step / steps) / epochs, lr))
         state.update(epoch=epoch + 1, step=0, losses=losses[:0], seconds=time.time() - started)
         row = {"stage": name, "epoch": epoch + 1, "loss": mean_loss, "seconds": state["seconds"]}
         if (epoch + 1) % args.evaluate_every == 0 or epoch + 1 == epochs:
@@ -426,12 +428,11 @@ def main(args):
         with runtime.first_rank_first():
             data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed, args.train_list,
                         args.test_list)
-        split = getattr(data, args.evaluate_on)
-        if split is None:
-            raise ValueError(f"{data.name} has no validation images; leave out --evaluate-on val")
+        data.color_jitter = 0.0  # "standard" is crop and flip alone, as in [G]
+        split = data.split(args.evaluate_on)
         split_batches(1, args.batch_size, 0, runtime.ranks(), args.grad_accumulation)  # raises if it cannot
         paths = [args.evaluate] if args.evaluate else args.teacher_checkpoints or []
-        trained = [load_model(path, None if args.evaluate else args.arch, data.num_classes) for path in paths]
+        trained = [load_model(path, data.num_classes, None if args.evaluate else args.arch) for path in paths]
         for path, (_, saved) in zip(paths, trained):  # a trained net sees images as it did in training
             if (saved["mean"], saved["std"]) != (trained[0][1]["mean"], trained[0][1]["std"]):
                 raise ValueError(f"{path} and {paths[0]} were trained on differently normalised images")
@@ -441,11 +442,12 @@ def main(args):
         if args.evaluate:
             model, _ = trained[0]
             result, _ = assess(model.to(device), *loaders, data, args.amp)
+            runtime.report_bad_images(loaders)
             runtime.say(table([(Path(args.evaluate).stem, result)]))
             return {"method": "cbd", "dataset": data.name, **result}
         build_backbone(args.arch, data.image_size)  # fails now if it cannot be built
         run = runtime.open_run(args, "cbd")
-    with runtime.bad_input((UnreadableImage, Diverged), shared=False):
+    with runtime.bad_input((UnreadableImage, Diverged)):
         stages = run_stages(args, data, loaders, kinds, trained, run, device)
     runtime.report_bad_images(loaders)
     runtime.say(table([(stage["name"], stage) for stage in stages]))

@@ -47,7 +47,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -138,9 +137,9 @@ def parse_args(argv=None):
     add("--lr", type=float, help="peak of fine-tuning for 256 images; scaled with the batch size")
     add("--weight-decay", type=float, help="on matrices")
     add("--grad-accumulation", type=int, default=1, help="parts that a rank's batch is cut into")
-    add("--sync-bn", action=boolean, default=False, help="accepted as in the other scripts: a ViT has none")
+    add("--sync-bn", action=boolean, default=False, help="batch norm over all ranks (GPUs); a ViT has none")
     add("--amp", action=boolean, default=True, help="bf16 where the device computes it")
-    add("--compile", action=boolean, default=False, help="torch.compile the net; pays on GPUs")
+    add("--compile", action=boolean, default=False, help="torch.compile the trained net")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=int, default=0, help="initialisation, sampling, augmentation")
     add("--quick", action=boolean, default=False, help="the same method on a short schedule")
@@ -153,14 +152,14 @@ def parse_args(argv=None):
     return runtime.parse_with_recipe(parser, RECIPES, image_side, argv)
 
 
-# ---------------------------------------------------------------- sampler
+# ---------------------------------------------------------------- samplers
 
 def instance_indices(targets, generator):
     """Every image once, in a random order. targets: [n]. Returns int64 [n]."""
     return torch.randperm(len(targets), generator=generator)
 
 
-# ---------------------------------------------------------------- losses and decodings
+# ---------------------------------------------------------------- losses
 
 def balanced_bce_loss(logits, targets, class_counts, tau=1.0):
     """Balanced binary cross-entropy, Eq. (6): sigmoid cross-entropy on z_c + tau log(pi_c / (1 - pi_c)),
@@ -235,7 +234,7 @@ def second_decoding(loss, logits, class_counts, tau=1.0):
     return logits.double() + ((tau if loss == "balanced-ce" else 0.0) - 1) * (counts / counts.sum()).log()
 
 
-# ---------------------------------------------------------------- nets
+# ---------------------------------------------------------------- what the paper adds to a backbone
 
 def net_sizes(args):
     """What a ViT is built from: image_size, patch_size, width, depth, heads."""
@@ -268,7 +267,7 @@ def save_model(path, model, what, sizes, args, data):
 def load_model(path, num_classes=None):
     """A saved classifier in eval mode, on the CPU, and what was saved with it (class_names, mean, std, what:
     its loss, ...). num_classes: refuse a net that has another number. Raises ValueError."""
-    saved = runtime.load_net(path, "livt", None, num_classes)
+    saved = runtime.load_net(path, "livt", num_classes)
     if saved["what"] == "mgp":
         raise ValueError(f"{path} is a pre-trained encoder without a classifier; it goes to --mgp-checkpoint")
     model = ViT(**saved["sizes"], num_classes=len(saved["class_names"]))
@@ -449,14 +448,12 @@ def main(args):
                         args.test_list)
         if args.images_per_class is not None:
             data = balanced_subset(data, args.images_per_class)
-        if data.image_size != args.image_size:
+        if data.image_size != args.image_size and not args.evaluate:
             runtime.say(f"images are resized from {data.image_size} to {args.image_size} pixels")
         data.image_size = args.image_size
         if data.num_classes < 2 and args.stage != "mgp":
             raise ValueError(f"{data.name} has one class; only --stage mgp can learn from it")
-        split = getattr(data, args.evaluate_on)
-        if split is None:
-            raise ValueError(f"{data.name} has no validation images; leave out --evaluate-on val")
+        split = data.split(args.evaluate_on)
         if args.evaluate:
             model, saved = load_model(args.evaluate, data.num_classes)
             data.mean, data.std, data.image_size = saved["mean"], saved["std"], saved["sizes"]["image_size"]
@@ -464,12 +461,15 @@ def main(args):
         if args.evaluate:
             paper, bayes = assess(model.to(device), saved["what"], saved["tau"], saved["class_counts"],
                                   loader, args.amp)
-            runtime.say(table([(f"{saved['what']}, Bayes decoding", bayes), (saved["what"], paper)]))
+            runtime.report_bad_images([loader])
+            name = Path(args.evaluate).stem
+            runtime.say(table([(f"{name}, Bayes decoding", bayes), (name, paper)]))
             return {"method": "livt", "dataset": data.name, **paper}
         encoder = load_encoder(args.mgp_checkpoint, sizes) if args.mgp_checkpoint else {}
         run = runtime.open_run(args, "livt")
-    with runtime.bad_input((UnreadableImage, Diverged), shared=False):
+    with runtime.bad_input((UnreadableImage, Diverged)):
         stages = run_stages(args, data, loader, sizes, encoder, run, device)
+    runtime.report_bad_images([loader])
     runtime.say(table([(stage["name"], stage) for stage in stages]))
     return run.finish("livt", data, stages)
 
@@ -503,7 +503,8 @@ def run_stages(args, data, test_loader, sizes, encoder, run, device):
     stages = []
     if runs_mgp(args):
         encoder = pretrain(sizes, data, args, run, device)
-        nothing = dict.fromkeys(("all", "many", "medium", "few", "ece", "mce"))  # it does not classify
+        nothing = dict.fromkeys(("all", "many", "medium", "few", "ece", "mce", "group_sizes",
+                                 "per_class_accuracy"))  # it does not classify
         stages.append({"name": "mgp", **nothing, **run.state["done"]["mgp"]})
         if args.stage == "mgp":
             return stages

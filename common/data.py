@@ -150,6 +150,12 @@ class Dataset:
             raise ValueError(f"{name}: class {empty[0]} ({self.class_names[empty[0]]}) has no training image "
                              f"({len(empty)} such classes)")
 
+    def split(self, name):
+        """train, val or test. Raises ValueError where the data set has none of that name."""
+        if getattr(self, name) is None:
+            raise ValueError(f"{self.name} has no validation images; leave out --evaluate-on val")
+        return getattr(self, name)
+
     def subset(self, indices):
         """The same data set with the training images at these indices alone."""
         return Dataset(self.name, self.train.subset(indices), self.val, self.test, self.class_names,
@@ -342,7 +348,6 @@ def _cifar(name, data_dir, imb_factor, seed):
         "cifar10_lt": ("CIFAR10", "cifar-10-python.tar.gz (or its folder cifar-10-batches-py)"),
         "cifar100_lt": ("CIFAR100", "cifar-100-python.tar.gz (or its folder cifar-100-python)")}[name]
     factor = 100 if imb_factor is None else imb_factor
-    long_tail_counts(1, 1, factor)  # a bad factor is refused before anything is downloaded
     images, targets, class_names = _torchvision_set(class_name, data_dir, what, train=True)
     test_images, test_targets, _ = _torchvision_set(class_name, data_dir, what, train=False)
     C = len(class_names)  # n_max = n / C and the classes in id order, as LDAM-DRW has it
@@ -353,14 +358,12 @@ def _cifar(name, data_dir, imb_factor, seed):
 
 def _fashion_mnist(name, data_dir, imb_factor, seed):
     factor = 100 if imb_factor is None else imb_factor
-    long_tail_counts(1, 1, factor)
     what = "the four *-ubyte.gz files in a folder FashionMNIST/raw"
     images, targets, class_names = _torchvision_set("FashionMNIST", data_dir, what, train=True)
     test_images, test_targets, _ = _torchvision_set("FashionMNIST", data_dir, what, train=False)
     kept = cut_to_long_tail(targets, 10, factor, len(targets) / 10, FASHION_ORDER, seed)
-    train = _as_rgb(images[kept], border=2)
+    train = Images(_as_rgb(images[kept], border=2), targets[kept])
     test = Images(_as_rgb(test_images, border=2), test_targets)
-    train = Images(train, targets[kept])
     return Dataset(name, train, None, test, class_names, *_channel_statistics(train.images), 32)
 
 
@@ -405,7 +408,7 @@ def _npz(name, path, imb_factor, seed, border=0):
         if train.targets.min() < 0 or train.targets.max() >= len(names):
             raise ValueError(f"{path}: y_train must lie in 0..{len(names) - 1}")
         kept = cut_to_long_tail(train.targets, len(names), imb_factor, seed=seed)
-        train = Images(train.images[kept], train.targets[kept])
+        train = train.subset(kept)
     return Dataset(name, train, splits.get("val"), splits["test"], names,
                    *_channel_statistics(train.images), train.images.shape[1])
 

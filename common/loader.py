@@ -30,6 +30,7 @@ UNIFORMS = {"resized": 23, "strong": 46}  # random numbers that an augmentation 
 
 class UnreadableImage(ValueError):
     """An image file that cannot be decoded."""
+    one_rank = True  # under torchrun one rank meets it, not all
 
 
 class Batch(NamedTuple):
@@ -260,11 +261,11 @@ def mixup_cutmix(num_classes, mixup=0.8, cutmix=1.0):
     """A function (images [N, 3, H, H], targets [N]) -> (mixed images, soft targets [N, C]): Mixup or CutMix,
     each half of the time, for a batch at once; an alpha of 0 leaves one out. Draws from torch's own generator
     on the CPU."""
+    if not mixup > 0 and not cutmix > 0:
+        return lambda images, targets: (images, torch.nn.functional.one_hot(targets, num_classes).float())
     from torchvision.transforms import v2
-    mixes = [kind(alpha=float(alpha), num_classes=num_classes)
-             for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 0]
-    return v2.RandomChoice(mixes) if mixes else \
-        lambda images, targets: (images, torch.nn.functional.one_hot(targets, num_classes).float())
+    return v2.RandomChoice([kind(alpha=float(alpha), num_classes=num_classes)
+                            for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 0])
 
 
 # ---------------------------------------------------------------- resident

@@ -34,8 +34,8 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message, shared=True):
     """End the run: one line `error: ...` on standard error, exit code 2. shared: every rank meets this error,
-    so that rank 0 alone prints it."""
-    if rank() == 0 or not shared:
+    so that the first one of a machine alone prints it."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 or not shared:
         print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -43,11 +43,11 @@ def fail(message, shared=True):
 @contextlib.contextmanager
 def bad_input(kind=ValueError, shared=True):
     """Inside, an exception of that kind (all functions here raise ValueError on bad input) ends the run by
-    `fail`, and so does a package that is missing or broken."""
+    `fail`, and so does a package that is missing or broken. One with a true `.one_rank` is not shared."""
     try:
         yield
     except kind as reason:
-        fail(reason, shared)
+        fail(reason, shared and not getattr(reason, "one_rank", False))
     except ImportError as reason:
         fail(f"{reason}; pip install -r requirements.txt")
 
@@ -125,14 +125,15 @@ def supports_bf16(device):
 
 def cores():
     """CPU cores for each of this machine's ranks, at least 1."""
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def autocast(device, enabled):
     """A function that returns a fresh bf16 autocast context, or one that does nothing where bf16 does not
     pay."""
     enabled = enabled and supports_bf16(device)
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled) if enabled \
+    return lambda: torch.autocast(device.type, torch.bfloat16) if enabled \
         else contextlib.nullcontext()
 
 
@@ -290,7 +291,7 @@ def load_checkpoint(path):
         raise ValueError(f"cannot read the checkpoint {path}: {why}") from reason
 
 
-def load_net(path, method, arch=None, num_classes=None):
+def load_net(path, method, num_classes=None, arch=None):
     """What a method's script saved of a net: its "state_dict", "arch", "class_names", "mean", "std", ...
 
     method, arch, num_classes: refuse a net of another script, architecture or number of classes. Raises

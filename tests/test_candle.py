@@ -583,8 +583,11 @@ def test_a_run_stopped_in_the_middle_of_any_stage_ends_with_the_same_weights(ful
     must_stop, name = candle.runtime.Run.must_stop, f"cut{stop}"
     place = {2: 3, 5: 8 + 6, 8: 16 + 4}[stop]  # in an epoch, in the second one, at the end of one
 
+    steps = []
+
     def stops(self):
-        return must_stop(self) or self.steps == place
+        steps.append(1)
+        return must_stop(self) or len(steps) == place
     monkeypatch.setattr(candle.runtime.Run, "must_stop", stops)
     with pytest.raises(SystemExit) as stopped:
         run(full.folder.parent, name=name)

@@ -149,9 +149,9 @@ def test_teacher_targets_are_unit_parts_side_by_side_and_the_mean_logits():
 
 
 def test_the_cosine_schedule_starts_at_lr_and_ends_at_zero():
-    assert cbd.cosine_lr(0, 100, 0.2) == 0.2
-    assert cbd.cosine_lr(50, 100, 0.2) == pytest.approx(0.1)
-    assert cbd.cosine_lr(100, 100, 0.2) == pytest.approx(0, abs=1e-12)
+    assert cbd.cosine_lr(0, 0.2) == 0.2
+    assert cbd.cosine_lr(0.5, 0.2) == pytest.approx(0.1)
+    assert cbd.cosine_lr(1, 0.2) == pytest.approx(0, abs=1e-12)
 
 
 # ---------------------------------------------------------------- stages
@@ -381,7 +381,7 @@ def test_a_loss_that_becomes_nan_ends_the_run_and_names_the_step(tmp_path, capsy
         run(tmp_path, "--lr", "1e38", "--batch-size", "4", "--epochs", "2")
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: the loss of teacher 1, standard became")
-    assert f"at step 2 of epoch 1, lr {cbd.cosine_lr(1, 18, 1e38):g};" in error  # 2 epochs of 9 steps
+    assert f"at step 2 of epoch 1, lr {cbd.cosine_lr(1 / 18, 1e38):g};" in error  # 2 epochs of 9 steps
     assert "last good checkpoint: none yet" in error
     assert not (tmp_path / "run" / "result.json").exists()
 

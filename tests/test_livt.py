@@ -453,7 +453,7 @@ def test_evaluate_scores_a_saved_net_and_writes_nothing(full, tmp_path, capsys):
     tiny_npz(tmp_path / "tiny.npz", CLASS_COUNTS)
     again = run(tmp_path, "--evaluate", str(folder / "run" / "model.pt"), name="none")
     assert again["per_class_accuracy"] == result["per_class_accuracy"]
-    assert "balanced-bce, Bayes decoding" in capsys.readouterr().out and not (tmp_path / "none").exists()
+    assert "model, Bayes decoding" in capsys.readouterr().out and not (tmp_path / "none").exists()
 
 
 def test_training_learns_colours(tmp_path):

@@ -99,7 +99,7 @@ def test_a_sampler_loss_or_schedule_runs_from_its_own_source_alone(method, name)
         "cbd_loss": lambda: (logits[0], targets, *features),
         "classifier_distillation_loss": lambda: (logits[0], targets, logits[1]),
         "logit_adjusted": lambda: (logits[0], torch.tensor([0.4, 0.3, 0.2, 0.1]).log()),
-        "cosine_lr": lambda: (3, 10, 0.1) if method == "cbd" else (0.3, 0.1),
+        "cosine_lr": lambda: (0.3, 0.1),
         "progressive_probabilities": lambda: (torch.tensor([5, 3, 1]), 0.3),
         "weighted_indices": lambda: (targets, torch.ones(4) / 4, generator()),
         "select_exemplars": lambda: (features[0], 3),
@@ -184,9 +184,8 @@ QUICKLY = {"async_lt": ["--phase-two-epochs", "1"], "livt": ["--mgp-epochs", "1"
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_default_command_runs_without_torchvision_and_its_model_loads(method, tmp_path, monkeypatch):
-    if method != "livt":  # its augmentation and mixing are torchvision's
-        (tmp_path / "torchvision").mkdir()
-        (tmp_path / "torchvision" / "__init__.py").write_text("raise ImportError('broken')")
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise ImportError('broken')")
     command = [sys.executable, str(ROOT / f"{method}.py"), "--epochs", "1", "--batch-size", "256",
                *QUICKLY.get(method, [])]
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, text=True,
