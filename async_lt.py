@@ -154,13 +154,13 @@ def progressive_probabilities(class_counts, progress):
         raise ValueError(f"progress must lie in [0, 1], got {progress}")
     if counts.ndim != 1 or len(counts) == 0 or (counts < 0).any() or counts.sum() == 0:
         raise ValueError("class_counts must be a vector of counts, not all zero")
-    return (1 - progress) * counts / counts.sum() + progress / len(counts)
+    return (1 - progress) * counts / counts.sum() + progress / len(counts)  # p_j(t)
 
 
 def weighted_indices(targets, probabilities, generator):
     """Draw as many images as there are: a class by its probability, then the next of its shuffled cycle.
 
-    targets: class ids [n]; probabilities: [C], 0 for a class without images. Returns int64 [n].
+    targets: class ids [n]; probabilities: [C], 0 for a class without images; on the CPU. Returns int64 [n].
     """
     C = len(probabilities)
     drawn = torch.multinomial(probabilities, len(targets), replacement=True, generator=generator)
@@ -234,7 +234,7 @@ def margin_loss(cosines, targets, num_old, margin=0.5, k=2):
     positive = cosines.gather(1, targets[:, None])
     negatives = cosines[:, num_old:].topk(min(k, cosines.shape[1] - num_old), dim=1).values
     hinge = (margin - positive + negatives).clamp(min=0).mean(1)
-    return (hinge * is_old).sum() / is_old.sum().clamp(min=1)
+    return (hinge * is_old).sum() / is_old.sum().clamp(min=1)  # Eq. (9)
 
 
 # ---------------------------------------------------------------- what the paper adds to a backbone

@@ -199,7 +199,7 @@ def label_aware_smoothing_loss(logits, targets, class_counts, head, tail, shape=
     e = (tail + (head - tail) * rise)[targets]
     log_p = logits.float().log_softmax(1)
     nll = -log_p.gather(1, targets[:, None]).squeeze(1)
-    return ((1 - e) * nll - e * log_p.mean(1)).mean()
+    return ((1 - e) * nll - e * log_p.mean(1)).mean()  # -log_p.mean: all C classes alike
 
 
 def distillation_kl(student_logits, teacher_logits, temperature=2.0, reduction="mean"):

@@ -226,7 +226,8 @@ def bayes_decode(logits, class_counts, tau=1.0):
 def second_decoding(loss, logits, class_counts, tau=1.0):
     """The Bayes classifier's scores for the balanced error at the population optimum of any of `LOSSES`.
 
-    logits: [N, C]; class_counts: [C]. Returns [N, C].
+    loss, tau: that the net was trained by. logits: [N, C]; class_counts: [C]. Returns [N, C]. Raises
+    ValueError.
     """
     if loss.endswith("bce"):
         return bayes_decode(logits, class_counts, tau if loss == "balanced-bce" else 0.0)
