@@ -332,7 +332,7 @@ def train_stage(name, model, loss_of, augmentation, settings, data, test_loader,
     loader = make_loader(data.train, data, settings["batch_size"], device, augmentation, seed, runtime.rank(),
                          runtime.ranks(), args.grad_accumulation, args.workers, args.skip_bad_images)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, settings["scale_of"]),
-                                  settings["lr"], betas=(0.9, settings["beta2"]), fused=device.type == "cuda")
+                                  settings["lr"], betas=(0.9, settings["beta2"]), fused=device.type != "mps")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     autocast = runtime.autocast(device, args.amp)
     forward = torch.compile(model) if args.compile else model
