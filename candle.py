@@ -548,7 +548,7 @@ def run_stages(args, data, test_loader, encoder, student_dim, side, run, device)
         parts.to(device, memory_format=torch.channels_last)
         if args.compile:
             net.net.blocks.compile()
-        optimizer = torch.optim.Adam(groups, fused=device.type == "cuda") \
+        optimizer = torch.optim.Adam(groups, fused=device.type != "mps") \
             if args.student_optimizer == "adam" else torch.optim.SGD(groups, momentum=0.9)
         name += ", full precision" * (not args.binarize) + ", cosine" * (args.classifier == "cosine")
         terms = ["loss", "ce" if learns_from == "labels" else "kl", "fs", "lambda"] if teacher else ["loss"]

@@ -28,6 +28,23 @@ class _Sign(torch.autograd.Function):
         return gradient * slope
 
 
+class _PReLU(torch.autograd.Function):
+    """F.prelu of x [N, C, H, W] and slope [C], backwards in whole-tensor operations: torch's kernel goes one
+    element at a time on a CPU, 9% of a training step of ReActNet-18."""
+
+    @staticmethod
+    def forward(ctx, x, slope):
+        ctx.save_for_backward(x, slope)
+        return F.prelu(x, slope)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, slope = ctx.saved_tensors
+        above = torch.ops.aten.threshold_backward(gradient, x, 0)  # where x > 0, else 0
+        below = gradient - above
+        return torch.addcmul(above, below, slope[:, None, None]), (below * x).sum((0, 2, 3))
+
+
 class _BinaryWeight(torch.autograd.Function):
     """mean|w| sign(w), the mean over each output channel, sign(0) = +1; backwards the gradient passes where
     |w| <= 1, not multiplied by the mean."""
@@ -85,7 +102,7 @@ class RPReLU(nn.Module):
 
     def forward(self, x):
         before, slope, after = (p.to(x.dtype) for p in (self.before, self.slope, self.after))
-        return F.prelu(x + before, slope) + after
+        return _PReLU.apply(x + before, slope) + after
 
 
 def _shrink(x):

@@ -75,7 +75,7 @@ def vit_finetuning(ours, fused, sizes=VIT):
     net, counts = ViT(**sizes, num_classes=CLASSES), torch.tensor(COUNTS)
     groups = livt.parameter_groups(net, 0.05, lambda name: livt.layer_lr_scale(name, sizes["depth"], 0.75))
     return net, lambda images, targets: livt.balanced_bce_loss(net(images)[0], targets, counts), \
-        lambda: torch.optim.AdamW(groups, 1e-3, fused=fused)
+        lambda: torch.optim.AdamW(groups, 1e-3, fused=True)
 
 
 def vit_pretraining(ours, fused, sizes=VIT, decoder=DECODER):
@@ -90,13 +90,13 @@ def vit_pretraining(ours, fused, sizes=VIT, decoder=DECODER):
         keep, restore, _ = random_masking(len(images), net.encoder.num_patches, 0.75, device=images.device)
         predictions, pixels = net(images, keep, restore)
         return F.mse_loss(predictions.float(), pixels)
-    return net, loss_of, lambda: torch.optim.AdamW(groups, 1.5e-4, (0.9, 0.95), fused=fused)
+    return net, loss_of, lambda: torch.optim.AdamW(groups, 1.5e-4, (0.9, 0.95), fused=True)
 
 
 def reactnet(ours, fused):
     net = ReActNet18(CLASSES, image_size=32) if ours else peers.TextbookReActNet18(CLASSES)
     return net, lambda images, targets: F.cross_entropy(net(images), targets), \
-        lambda: torch.optim.Adam(net.parameters(), 0.01, fused=fused)
+        lambda: torch.optim.Adam(net.parameters(), 0.01, fused=ours)
 
 
 def frozen_teacher(ours, fused):

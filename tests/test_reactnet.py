@@ -100,6 +100,20 @@ def binary_conv(kernel=3, stride=1, seed=0):
     return conv
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_rprelu_has_torch_s_gradients(memory_format):
+    torch.manual_seed(0)
+    act, x = RPReLU(3).double(), torch.randn(4, 3, 5, 5, dtype=torch.double)
+    x[0, :, 0] = 0  # at 0 torch takes the slope
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    weights = torch.randn_like(x)
+    sources = (x, act.before, act.slope, act.after)
+    ours = torch.autograd.grad((act(x) * weights).sum(), sources)
+    textbook = F.prelu(x + act.before, act.slope) + act.after
+    for a, b in zip(ours, torch.autograd.grad((textbook * weights).sum(), sources), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("kernel, stride", [(3, 1), (3, 2), (1, 1)])
 def test_a_binary_convolution_is_the_mean_size_times_the_sign_of_w(kernel, stride):
     conv, x = binary_conv(kernel, stride), torch.randn(2, 4, 6, 6).sign()
