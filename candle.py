@@ -12,9 +12,13 @@ Where we depart, or had to choose:
   2-18-34-50-1, because the other reading, times 16, has 4 million weights for two numbers; its inputs are
   batch means without gradient, as [D].
 - paper: reduction of L_KL open / here: mean over batch and classes, T = 2, as [D], because lambda can rise to
-  1 (Figure 6) only while L_FS > L_KL; --kl-reduction batchmean may turn it around.
-- paper: min and max in turn / here: one backward pass for all three players of Eq. (4), with the same
-  gradients; lambda has its own learning rate, 1e-3 as [D].
+  1 (Figure 6) only while L_FS > L_KL; --kl-reduction batchmean sums over the classes.
+- paper: L_FS is the "cosine distance" / here: 2 (1 - cos) of the maps before pooling, as [D].
+- paper: min and max in turn / here: one backward pass for all three players of Eq. (4), their gradients taken
+  at the same weights; lambda has its own learning rate, 1e-3 as [D].
+- paper: lambda of Eq. (1) open / here: .5, as [D].
+- paper: all 1x1 convolutions of M have the student's width / here: those of the other resolutions half of it,
+  each with batch norm and LeakyReLU, as [D]; the teacher's new classifier has learnable factors s, as [D].
 - paper: where single-resolution rows match features is open / here: a 1x1 convolution behind the student
   takes its map to the teacher's width, as [D]; with several resolutions the student's own map is compared.
 - paper: the ablation's rows have one teacher each or in common, open / here: two, calibrated alike, because a
@@ -23,21 +27,24 @@ Where we depart, or had to choose:
   reading; without calibration there is no teacher classifier to follow.
 - paper: calibration's schedule open / here: SGD as MiSLAS's second stage; smoothing factors are MiSLAS's for
   CIFAR and [D]'s elsewhere; samples are class-balanced, each class exactly as often.
-- paper: M resizes maps to the nearest cell / here: where a map's side is a multiple (8 to 4, of small nets
-  alone) by means, because the nearest of four cells is hard to predict (results/candle.md).
+- paper: M resizes maps to the nearest cell / here: where a map's side is a multiple (8 to 4, of small nets)
+  by means, because the nearest of four cells is hard to predict (results/candle.md).
 - [D]: a crop for each resolution, on CIFAR with one resolution no crop / here: one crop and flip in every
-  row, from .05 of the area on (.08), resized on the device.
-- paper: ImageNet-21K's EfficientNet teaches the large sets / here: torchvision's, which knows ImageNet-1K
-  alone; --teacher-weights takes others of that shape.
+  row, resized on the device; random resized crops from .2 of the area on for CIFAR, from .05 for image files
+  ([D]: .08), and 4-pixel padded crops for the embedded images; ImageNet's mean and deviation for files.
+- paper: ImageNet-21K's EfficientNet teaches the large sets / here: torchvision's EfficientNetV2-M, which
+  knows ImageNet-1K alone; --teacher-weights takes others of that shape.
+- paper: cosine classifier (Table 9) not described / here: its scale is learnt, from 10.
 - ReActNet: weights start at rand * .001 / here: as Conv2d's, because batch norm's epsilon is comparable to
   the variance that such small weights leave.
-- Figure 5's student with all resolutions is not described / here: its pooled features are their mean.
+- Figure 5's student with all resolutions is not described / here: its pooled features are their mean;
+  for its costs alone, as it is scored at its own resolution.
 - Under torchrun and --grad-accumulation lambda belongs to one rank's part of a batch.
 
     python candle.py                                                     # embedded images
     python candle.py --ablation                                          # Table 3's four rows
     python candle.py --export runs/candle_fashion_lt_seed0/student.pt    # 1-bit weights, for deployment
-    python candle.py --dataset cifar100_lt --teacher resnet152
+    python candle.py --dataset cifar100_lt
     torchrun --nproc_per_node 8 candle.py --dataset places_lt --data-dir /data/places
 
 What to expect: being measured. Embedded images, 2 seeds (results/candle.md): baseline 67.8, single-resolution
@@ -62,11 +69,11 @@ from common.resnet import CosineClassifier, build_encoder
 
 # ---------------------------------------------------------------- recipes
 
-RECIPES = {name: {  # appendix A.5: epochs, batch size, lr, Adam, weight decay, resolutions; calibration: ours
+RECIPES = {name: {  # section 4, A.5: epochs, batch, lr, weight decay; 3.4: resolutions; calibration: ours
     "arch": "reactnet_a", "student_width": 1.0, "student_resolution": 224, "teacher": "resnet152",
-    "teacher_weights": None, "resolutions": [128, 224, 480], "epochs": 400, "batch_size": 256, "lr": 0.01,
-    "weight_decay": 0.0, "calibration_epochs": 30, "calibration_lr": 0.1, "augmentation": "standard",
-    "evaluate_every": 10, "quick": dict(epochs=30, calibration_epochs=5), **own} for name, own in {
+    "teacher_weights": "ImageNet-1K", "resolutions": [128, 224, 480], "epochs": 400, "batch_size": 256,
+    "lr": 0.01, "weight_decay": 0.0, "calibration_epochs": 30, "calibration_lr": 0.1, "evaluate_every": 10,
+    "augmentation": "standard", "quick": dict(epochs=30, calibration_epochs=5), **own} for name, own in {
         # head_median: where head and median end (Table 8; [D]), as fractions of the classes
         "fashion_lt": dict(  # all ours
             arch="reactnet_18", student_width=0.25, student_resolution=32, teacher="resnet14",
@@ -74,7 +81,7 @@ RECIPES = {name: {  # appendix A.5: epochs, batch size, lr, Adam, weight decay, 
             batch_size=32, calibration_epochs=5, evaluate_every=5, head_median=[3 / 10, 7 / 10],
             quick=dict(epochs=5, calibration_epochs=2)),
         # smoothing [head, tail]: MiSLAS's for CIFAR, by imbalance factor; [D]'s elsewhere
-        # resized: as [D], whose random resized crops are smaller than the loader's, from .08 of the area on
+        # resized: random resized crops, as [D] has for CIFAR too
         "cifar10_lt": dict(augmentation="resized", head_median=[3 / 10, 7 / 10],
                            smoothing={10: [0.1, 0.0], 50: [0.2, 0.0], 100: [0.3, 0.0]}),
         "cifar100_lt": dict(augmentation="resized", head_median=[36 / 100, 71 / 100],
@@ -115,7 +122,7 @@ def parse_args(argv=None):
     add("--skip-bad-images", action=boolean, default=False, help="leave out files that cannot be decoded")
     add = parser.add_argument_group("method").add_argument
     add("--teacher", help="torchvision's name of a convolutional net, or a CIFAR ResNet (resnet14)")
-    add("--teacher-weights", metavar="FILE", help="its state dict (ImageNet-1K's, downloaded), or: embedded")
+    add("--teacher-weights", metavar="FILE", help="its state dict, or: ImageNet-1K, embedded")
     add("--resolutions", type=int, nargs="+", help="that the teacher sees, in pixels")
     add("--smoothing", type=float, nargs=2, metavar=("HEAD", "TAIL"), help="of the labels, in calibration")
     add("--calibration-epochs", type=int, help="of stage A")
@@ -135,7 +142,7 @@ def parse_args(argv=None):
     add("--student-resolution", type=int, help="pixels; one of --resolutions")
     add("--binarize", action=boolean, default=True, help="--no-binarize: its full-precision twin")
     add("--classifier", choices=["linear", "cosine"], default="linear", help="of the student (Table 9)")
-    add("--student-optimizer", choices=["adam", "sgd"], default="adam", help="sgd: momentum .9 (Figure 8)")
+    add("--student-optimizer", choices=["adam", "sgd"], default="adam", help="sgd: of lambda too (Figure 8)")
     add("--epochs", type=int, help="of stage B, of the baseline, and from scratch")
     add("--batch-size", type=int, help="global, over all ranks")
     add("--lr", type=float, help="at the first step, for the given batch size")
@@ -175,8 +182,7 @@ def class_balanced_indices(targets, generator):
         cycles = torch.rand(math.ceil(rounds / len(images)), len(images), generator=generator).argsort(1)
         drawn.append(images[cycles].flatten()[:rounds])
     drawn = torch.stack(drawn, 1)  # [rounds, classes]
-    order = torch.rand(drawn.shape, generator=generator).argsort(1)
-    return drawn.gather(1, order).flatten()[:len(targets)]
+    return drawn.gather(1, torch.rand(drawn.shape, generator=generator).argsort(1)).flatten()[:len(targets)]
 
 
 def label_aware_smoothing_loss(logits, targets, class_counts, head, tail, shape="concave"):
@@ -359,18 +365,18 @@ def distil(images, targets, parts, teacher, learns_from, args):
         kl = kl_of(classifier(features))
         loss = (1 - balance) * kl + balance * fs  # Eq. (1)
         return loss, [loss, kl, fs, balance]
-    # Eq. (4): its three players in one backward pass
+    # Eq. (4), its three players in one backward pass: each detach leaves a term to one of them
     constant = {name: p.detach() for name, p in classifier.named_parameters()}
     kl = kl_of(torch.func.functional_call(classifier, constant, features))
     balance = parts["balance"](kl, fs)
-    loss = (1 - balance.detach()) * kl + balance.detach() * fs  # min over theta_e
-    gain = (1 - balance) * kl.detach() + balance * fs.detach()  # max over phi
-    return loss - gain + kl_of(classifier(features.detach())), [loss, kl, fs, balance]  # min over theta_c
+    loss = (1 - balance.detach()) * kl + balance.detach() * fs  # min over theta_e, the encoder
+    gain = (1 - balance) * kl.detach() + balance * fs.detach()  # max over phi, the balance
+    return loss - gain + kl_of(classifier(features.detach())), [loss, kl, fs, balance]  # theta_c
 
 
 def train_stage(name, parts, step_of, terms, sample, optimizer, epochs, data, test_loader, args, run, device):
     """Train `parts`, whose "model" is scored. step_of(images, targets): what is minimised, and the values of
-    `terms`, the loss first. Returns what result.json holds of it; evaluation is not in the times."""
+    `terms`, the loss first. Returns what result.json has of it: MiB with evaluation, seconds without."""
     seed = runtime.derive_seed(args.seed, name, "augmentation")
     loader = make_loader(data.train, data, args.batch_size, device, args.augmentation, seed, runtime.rank(),
                          runtime.ranks(), args.grad_accumulation, args.workers, args.skip_bad_images)
@@ -454,13 +460,13 @@ def main(args):
         device = runtime.start_ranks(args.device)
         runtime.check_flags(args, device)
         check_args(args)
-        saved_net = args.evaluate or args.export
+        saved_net = args.export or args.evaluate
         with runtime.first_rank_first():
             data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed, args.train_list,
                         args.test_list)
             encoder, path = None, args.teacher_weights
             if not (saved_net or args.from_scratch):
-                state = runtime.load_checkpoint(EMBEDDED.get(path, path)) if path else "ImageNet-1K"
+                state = path if path == "ImageNet-1K" else runtime.load_checkpoint(EMBEDDED.get(path, path))
                 encoder = build_encoder(args.teacher, state)
                 if min(args.resolutions) < encoder.stride:
                     raise ValueError(f"--resolutions {min(args.resolutions)} leaves no map: the teacher's "
@@ -492,7 +498,7 @@ def main(args):
         stages = run_stages(args, data, loader, encoder, *map_shape, run, device)
     runtime.report_bad_images([loader])
     runtime.say(table([(stage["name"], stage) for stage in stages]))
-    if encoder is not None and not args.teacher_weights and data.name == "imagenet_lt":
+    if encoder is not None and args.teacher_weights == "ImageNet-1K" and data.name == "imagenet_lt":
         runtime.say("warning: the teacher learnt these classes from all of ImageNet-1K (paper: ImageNet-21K)")
     return run.finish("candle", data, stages)
 
@@ -551,6 +557,7 @@ def run_stages(args, data, test_loader, encoder, student_dim, side, run, device)
         optimizer = torch.optim.Adam(groups, fused=device.type != "mps") \
             if args.student_optimizer == "adam" else torch.optim.SGD(groups, momentum=0.9)
         name += ", full precision" * (not args.binarize) + ", cosine" * (args.classifier == "cosine")
+        name += ", sgd" * (args.student_optimizer == "sgd") + ", direct" * args.direct_multi_resolution
         terms = ["loss", "ce" if learns_from == "labels" else "kl", "fs", "lambda"] if teacher else ["loss"]
         step_of = lambda images, targets: distil(images, targets, parts, teacher, learns_from, args)
         shuffled = lambda targets, generator: torch.randperm(len(targets), generator=generator)
@@ -566,7 +573,7 @@ def run_stages(args, data, test_loader, encoder, student_dim, side, run, device)
         train_student("calibrate & distill", "calibrate_distill.pt", teacher, "fixed")
         train_student("learned balance", "learned_balance.pt", teacher, "learned")
     if args.calibration and not args.from_scratch:
-        train_student({"fixed": "calibrate & distill", "learned": "candle"}[args.balance], "student.pt",
+        train_student("candle" + ", fixed balance" * (args.balance == "fixed"), "student.pt",
                       train_teacher(args.resolutions, "teacher.pt"), args.balance)
     for stage in stages[1:] if args.baseline else []:  # Figures 9 to 11, in the data set's own class ids
         pairs = zip(stage["per_class_accuracy"], stages[0]["per_class_accuracy"])

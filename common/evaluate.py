@@ -181,7 +181,8 @@ def table(rows):
     """The final table as text. rows: [(name, scores)], scores a dict with many, medium, few, all, ece, mce
     and maybe ncm and best_all (percent or None); columns that no row has are left out."""
     columns = [(key, head) for key, head in
-               (("many", "many"), ("medium", "medium"), ("few", "few"), ("all", "all"),
+               (("many", "many"), ("medium", "medium"), ("few", "few"), ("head", "head"),
+                ("median", "median"), ("tail", "tail"), ("all", "all"),
                 ("best_all", "best all"), ("ncm", "NCM"), ("ece", "ECE"), ("mce", "MCE"))
                if any(key in row for _, row in rows)]
     width = max([len(name) for name, _ in rows] + [5])

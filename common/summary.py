@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 SHARED_FLAGS = ("imb_factor", "subset_seed", "evaluate_on", "arch", "epochs", "batch_size", "lr",
-                "weight_decay")
-COLUMNS = (("many", "many"), ("medium", "medium"), ("few", "few"), ("all", "all"), ("best_all", "best all"),
-           ("ncm", "NCM"), ("ece", "ECE"), ("mce", "MCE"), ("seconds", "seconds"))
+                "weight_decay", "resolutions", "kl_reduction", "fixed_lambda")
+COLUMNS = (("many", "many"), ("medium", "medium"), ("few", "few"), ("head", "head"), ("median", "median"),
+           ("tail", "tail"), ("all", "all"), ("best_all", "best all"), ("ncm", "NCM"), ("ece", "ECE"),
+           ("mce", "MCE"), ("seconds", "seconds"))
 
 
 def read_results(paths):

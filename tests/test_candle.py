@@ -467,12 +467,12 @@ def test_every_student_of_an_ablation_starts_alike_and_the_four_rows_of_table_3_
 @pytest.mark.parametrize("flags, names, files", [
     (["--no-calibration"], ["baseline"], {"student.pt"}),
     (["--from-scratch"], ["from scratch"], {"student.pt"}),
-    (["--from-scratch", "--no-binarize", "--student-optimizer", "sgd"], ["from scratch, full precision"],
+    (["--from-scratch", "--no-binarize", "--student-optimizer", "sgd"], ["from scratch, full precision, sgd"],
      {"student.pt"}),
     (["--no-baseline", "--resolutions", "16", "--balance", "fixed", "--fixed-lambda", ".3"],
-     ["teacher, 16", "calibrate & distill"], {"teacher.pt", "student.pt"}),
+     ["teacher, 16", "candle, fixed balance"], {"teacher.pt", "student.pt"}),
     (["--no-baseline", "--classifier", "cosine", "--direct-multi-resolution", "--arch", "reactnet_a",
-      "--resolutions", "16", "8"], ["teacher, 16 8", "candle, cosine"], {"teacher.pt", "student.pt"})])
+      "--resolutions", "16", "8"], ["teacher, 16 8", "candle, cosine, direct"], {"teacher.pt", "student.pt"})])
 def test_flags_choose_rows_students_and_balances(full, flags, names, files):
     name = " ".join(flags)
     result = run(full.folder.parent, *flags, "--epochs", "1", "--calibration-epochs", "1", name=name)
@@ -650,7 +650,8 @@ def test_the_recipes_of_all_15_data_sets(dataset, factor):
     assert (args.arch, args.student_width, args.student_resolution) == ("reactnet_a", 1.0, 224)
     large = dataset in ("places_lt", "imagenet_lt", "inat18")
     assert args.resolutions == ([224] if large else [128, 224, 480])
-    assert args.teacher == ("efficientnet_v2_m" if large else "resnet152") and args.teacher_weights is None
+    assert args.teacher == ("efficientnet_v2_m" if large else "resnet152")
+    assert args.teacher_weights == "ImageNet-1K"
 
 
 def test_flags_win_over_recipes_and_mislas_s_nearest_factor_is_taken():
