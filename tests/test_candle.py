@@ -472,7 +472,8 @@ def test_every_student_of_an_ablation_starts_alike_and_the_four_rows_of_table_3_
     (["--no-baseline", "--resolutions", "16", "--balance", "fixed", "--fixed-lambda", ".3"],
      ["teacher, 16", "candle, fixed balance"], {"teacher.pt", "student.pt"}),
     (["--no-baseline", "--classifier", "cosine", "--direct-multi-resolution", "--arch", "reactnet_a",
-      "--resolutions", "16", "8"], ["teacher, 16 8", "candle, cosine, direct"], {"teacher.pt", "student.pt"})])
+      "--resolutions", "16", "8"],
+     ["teacher, 16 8", "candle, cosine, direct"], {"teacher.pt", "student.pt"})])
 def test_flags_choose_rows_students_and_balances(full, flags, names, files):
     name = " ".join(flags)
     result = run(full.folder.parent, *flags, "--epochs", "1", "--calibration-epochs", "1", name=name)
