@@ -30,7 +30,7 @@ class _Sign(torch.autograd.Function):
 
 class _PReLU(torch.autograd.Function):
     """F.prelu of x [N, C, H, W] and slope [C], backwards in whole-tensor operations: torch's kernel goes one
-    element at a time on a CPU, 9% of a training step of ReActNet-18."""
+    element at a time on a CPU."""
 
     @staticmethod
     def forward(ctx, x, slope):
