@@ -1,4 +1,5 @@
 """async_lt.py: class split, samplers, memory bank, losses, model, both phases, resuming, bad input."""
+import functools
 import json
 import math
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from common.data import load, long_tail_counts
 from common.evaluate import scores
 from common.loader import make_loader, normalise
 from common.resnet import CosineClassifier
-from tests.tiny import COUNTS, same_weights, tiny_npz, weights
+from tests.tiny import COUNTS, one_error, same_weights, tiny_npz, weights
 
 OLD, NEW = [1, 3], [0, 2, 4]  # classes of phase one and two of COUNTS
 STAGES = ["plain", "phase one", "two phases"]
@@ -734,14 +735,7 @@ def test_a_run_resumed_in_the_middle_of_any_stage_ends_with_the_same_weights(sho
 
 # ---------------------------------------------------------------- bad input
 
-def refused(capsys, folder, *flags):
-    """The one error line of a run that must write nothing."""
-    with pytest.raises(SystemExit) as stop:
-        run(folder, *flags, name="refused")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    assert not (folder / "refused").exists()
-    return error
+refused = functools.partial(one_error, run)
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -1,4 +1,5 @@
 """candle.py: smoothing, losses, balance, module, one backward pass, stages, export, resuming, bad input."""
+import functools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from common.evaluate import scores
 from common.loader import normalise
 from common.reactnet import BinaryConv2d
 from common.resnet import CifarResNet, build_encoder
-from tests.tiny import COUNTS, same_weights, tiny_npz, weights
+from tests.tiny import COUNTS, one_error, same_weights, tiny_npz, weights
 
 ROOT = Path(__file__).parent.parent
 FILES = ["baseline.pt", "teacher.pt", "student.pt"]
@@ -673,14 +674,7 @@ def test_the_cosine_schedule_starts_at_lr_and_ends_at_zero():
 
 # ---------------------------------------------------------------- bad input
 
-def refused(capsys, folder, *flags):
-    """The one error line of a run that must write nothing."""
-    with pytest.raises(SystemExit) as stop:
-        run(folder, *flags, name="refused")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    assert not (folder / "refused").exists()
-    return error
+refused = functools.partial(one_error, run)
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -1,5 +1,6 @@
-"""Small data sets, and comparing what was saved, for the tests of the scripts."""
+"""Small data sets, and comparing what was saved, errors, for the tests of the scripts."""
 import numpy as np
+import pytest
 import torch
 
 COUNTS = (8, 60, 3, 30, 12)  # not in the order of the ids
@@ -26,3 +27,13 @@ def weights(path):
 def same_weights(a, b):
     a, b = weights(a), weights(b)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def one_error(run, capsys, folder, *flags):
+    """The one error line of a run that must write nothing. run(folder, *flags, name=...): starts it."""
+    with pytest.raises(SystemExit) as stop:
+        run(folder, *flags, name="refused")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert not (folder / "refused").exists()
+    return error
