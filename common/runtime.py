@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401  if first imported later (by torchvision), it keeps the group alive
 from tqdm import tqdm
 
 
