@@ -784,3 +784,11 @@ def test_pre_training_tells_quarter_turns_that_are_numbered_anticlockwise():
     net, accuracy = make.pretrain(tops, tops[:20], (0.4,) * 3, (0.4,) * 3, epochs=4, batch_size=16, lr=0.05)
     assert accuracy > 90  # of 25 by chance
     build_encoder("resnet14", net.state_dict())
+
+
+def test_pre_training_on_labels_learns_them():
+    targets = np.arange(160) % 3
+    images = np.broadcast_to((80 * targets).astype(np.uint8)[:, None, None, None], (160, 8, 8, 3)).copy()
+    _, accuracy = make.pretrain(images, images[:30], (0.4,) * 3, (0.4,) * 3, epochs=4, batch_size=16, lr=0.05,
+                                targets=targets, test_targets=targets[:30])
+    assert accuracy > 90  # of 33 by chance; the quarter turns of such images cannot be told
