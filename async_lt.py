@@ -426,7 +426,7 @@ def phase_one_classes(class_counts, num_old=None):
 
 def check_args(args):
     """Refuse values of this method's flags that cannot work. Raises ValueError."""
-    if not (args.temperature > 0 and args.scale > 0):
+    if args.temperature == 0 or args.scale == 0:
         raise ValueError("--temperature and --scale must be positive")
     if not all(0 < milestone < 1 for milestone in args.milestones):
         raise ValueError(f"--milestones are fractions of the epochs, between 0 and 1, got {args.milestones}")

@@ -391,9 +391,9 @@ def run_stage(name, file, model, how, data, loaders, args, run, device):
 
 def check_args(args):
     """Refuse values of this method's flags that cannot work. Raises ValueError."""
-    if not (0 <= args.alpha <= 1 and args.beta >= 0 and args.noise >= 0):
-        raise ValueError("--alpha must lie in [0, 1], --beta and --noise must not be negative")
-    if not (args.gamma > 0 and args.temperature > 0):
+    if args.alpha > 1:
+        raise ValueError(f"--alpha must lie in [0, 1], got {args.alpha}")
+    if args.gamma == 0 or args.temperature == 0:
         raise ValueError("--gamma and --temperature must be positive")
 
 
@@ -410,10 +410,8 @@ def teacher_kinds(args):
     if len(counts) > 1:
         raise ValueError("--teachers, --teacher-kinds and --teacher-checkpoints must agree on K")
     num_teachers = counts.pop() if counts else 1
-    if num_teachers < 1:
-        raise ValueError(f"--teachers must be at least 1, got {num_teachers}")
     only = args.only_teacher
-    if only is not None and (args.teacher_checkpoints or not 1 <= only <= num_teachers):
+    if only is not None and (args.teacher_checkpoints or only > num_teachers):
         raise ValueError(f"--only-teacher trains one of the {num_teachers} teachers, counted from 1 and "
                          f"without --teacher-checkpoints; got {only}")
     return args.teacher_kinds or default_kinds(num_teachers)

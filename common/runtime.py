@@ -74,20 +74,14 @@ def parse_with_recipe(parser, recipes, image_side, argv=None):
 
 
 def check_flags(args, device):
-    """Refuse counts below 1 and numbers that are negative or not finite. Raises ValueError."""
-    for flag in ("epochs", "batch_size", "grad_accumulation", "evaluate_every", "second_stage_epochs",
-                 "phase_two_epochs", "memory_per_class", "mgp_epochs", "mgp_batch_size", "images_per_class",
-                 "image_size", "patch_size", "width", "depth", "heads", "decoder_width", "decoder_depth",
-                 "decoder_heads", "calibration_epochs"):
-        value = getattr(args, flag, None)
-        if value is not None and value < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
-    for flag in ("lr", "weight_decay", "second_stage_lr", "time_limit", "feature_lr", "phase_two_lr",
-                 "lambda_scale", "scale", "lr_gamma", "mgp_lr", "warmup_epochs", "mgp_warmup_epochs", "tau",
-                 "mixup", "cutmix", "calibration_lr", "balance_lr"):
-        value = getattr(args, flag, None)
-        if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(f"--{flag.replace('_', '-')} must be a number that is not negative, got {value}")
+    """Refuse whole numbers below 1 (but seeds) and others that are negative or not finite. Raises
+    ValueError."""
+    for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        if type(value) is int and value < 1 and name not in ("seed", "subset_seed", "workers"):
+            raise ValueError(f"{flag} must be at least 1, got {value}")
+        if type(value) is float and not 0 <= value < float("inf"):
+            raise ValueError(f"{flag} must be a number that is not negative, got {value}")
     if args.workers < 0:
         raise ValueError(f"--workers must not be negative, got {args.workers}")
     if args.sync_bn and (device.type != "cuda" or ranks() == 1):

@@ -739,7 +739,8 @@ refused = functools.partial(one_error, run)
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--phase-one-classes", "0"], "choose --phase-one-classes between 1 and 4"),
+    (["--phase-one-classes", "0"], "--phase-one-classes must be at least 1"),
+    (["--phase-one-classes", "99"], "choose --phase-one-classes between 1 and 4"),
     (["--phase-one-classes", "5"], "would have 5 of the 5 classes"),
     (["--phase-one-classes", "two"], "invalid int value"),
     (["--dataset", "cifar10_lt", "--imb-factor", "0.01"], "at least 1"),

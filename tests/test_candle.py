@@ -692,7 +692,7 @@ refused = functools.partial(one_error, run)
     (["--fixed-lambda", "1"], "--fixed-lambda"), (["--fixed-lambda", "-0.5"], "--fixed-lambda"),
     (["--balance-lr", "-1"], "--balance-lr"), (["--calibration-lr", "nan"], "--calibration-lr"),
     (["--calibration-epochs", "0"], "--calibration-epochs"), (["--epochs", "0"], "--epochs"),
-    (["--student-width", "0"], "leaves no channel"), (["--student-width", "nan"], "leaves no channel"),
+    (["--student-width", "0"], "leaves no channel"), (["--student-width", "nan"], "not negative"),
     (["--kl-reduction", "sum"], "invalid choice"),
     (["--ablation", "--resolutions", "16"], "--ablation"), (["--ablation", "--no-baseline"], "--ablation"),
     (["--ablation", "--balance", "fixed"], "--ablation"), (["--ablation", "--from-scratch"], "choose one"),

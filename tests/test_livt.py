@@ -496,7 +496,7 @@ def test_accumulated_gradients_give_the_large_batch_s_update(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--patch-size", "3"], "multiple of the patch size"), (["--heads", "3"], "number of heads"),
     (["--mask-ratio", "1"], "mask ratio"), (["--mask-ratio", "0"], "mask ratio"),
-    (["--mask-ratio", "nan"], "mask ratio"), (["--mask-ratio", "0.99"], "keeps 0 of 16"),
+    (["--mask-ratio", "nan"], "--mask-ratio must be a number"), (["--mask-ratio", "0.99"], "keeps 0 of 16"),
     (["--tau", "-1"], "--tau"), (["--tau", "nan"], "--tau"), (["--mixup", "-1"], "--mixup"),
     (["--label-smoothing", "1"], "--label-smoothing"), (["--layer-decay", "0"], "--layer-decay"),
     (["--drop-path", "1"], "drop path"), (["--warmup-epochs", "-1"], "--warmup-epochs"),
