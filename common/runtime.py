@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # noqa: F401  if first imported later (by torchvision), it keeps the group alive
 from tqdm import tqdm
 
 
@@ -177,8 +176,10 @@ def start_ranks(device_name):
     if ranks() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(minutes=30))
-        if dist.get_backend() == "gloo":  # whose threads may else abort the process in its last moments
-            atexit.register(dist.destroy_process_group)
+        if dist.get_backend() == "gloo":
+            # Its threads need Python's lock to let go of the last tensors: without this pause Python's end
+            # may abort them, and so the process; destroy_process_group, which holds that lock, may hang
+            atexit.register(time.sleep, 0.5)
     return device
 
 

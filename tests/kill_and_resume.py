@@ -5,7 +5,8 @@
 HOW an attempt ends: "kill" (SIGKILL at a random moment), "write" (SIGKILL in the middle of a random write of
 a checkpoint or a net) or "term" (SIGTERM at a random step). A last one is left alone. Each is a forked
 process, so that a start costs no imports. The first run of all is not interrupted, in the folder whole, the
-others are in cut. Prints their exit codes.
+others are in cut; where one's end comes too late it is finished, and the next starts anew, in cut1, ... .
+Prints their exit codes.
 """
 import importlib
 import os
@@ -71,15 +72,17 @@ if __name__ == "__main__":
     method, codes, started = importlib.import_module(name), [], time.time()
     whole = attempt(method, [*flags, "--out", "whole"], lambda: None)
     assert os.waitpid(whole, 0)[1] == 0
-    seconds = time.time() - started
+    seconds, folder = time.time() - started, "cut"
     for i, how in enumerate([*hows.split(","), "finish"]):
         draw = random.Random(f"{name} {i}")
         number = draw.randint(1, 12)
-        pid = attempt(method, [*flags, "--out", "cut", "--resume"],
+        pid = attempt(method, [*flags, "--out", folder, "--resume"],
                       {"write": lambda: die_in_a_write(number), "term": lambda: term_at_a_step(number)}.get(
                           how, lambda: None))
         if how == "kill":
             time.sleep(draw.uniform(0.05, 0.6) * seconds)
             os.kill(pid, signal.SIGKILL)
         codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        if codes[-1] == 0:
+            folder = f"cut{i + 1}"
     print("exit codes", *codes)

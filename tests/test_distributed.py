@@ -75,27 +75,19 @@ def test_every_stage_of_livt_and_async_lt_ends_on_two_ranks_that_share_one_test_
     assert len(result["stages"]) == 3 and all(0 <= stage["all"] <= 100 for stage in result["stages"])
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
-def test_no_thread_of_gloo_outlives_the_process_group(tmp_path):
-    # one that lets a tensor go while Python shuts down aborts the process, now and then
+def test_ranks_that_end_right_after_a_transfer_end_well(tmp_path):
+    # where gloo's threads still hold a tensor, one end in ten aborted, or hung, on a busy machine
     script = tmp_path / "script.py"
     script.write_text(f"""
-import atexit, os, sys
-from pathlib import Path
+import sys
 sys.path.insert(0, {str(ROOT)!r})
-
-@atexit.register  # first, and so called last
-def write_names():
-    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
-    Path({str(tmp_path)!r}, os.environ["RANK"]).write_text("".join(names))
-
 import torch
 from common import runtime
 runtime.start_ranks("cpu")
-import torchvision
-print(runtime.sum_ranks(torch.ones(1)))
+for i in range(300):
+    total = runtime.sum_ranks(torch.ones(1000))
+sys.exit(int(total[0]) - 2)
 """)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    str(script)], check=True, env=ENVIRONMENT, timeout=300)
-    for rank in "01":
-        assert "gloo" not in (tmp_path / rank).read_text()
+    for _ in range(3):
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                        "2", str(script)], check=True, env=ENVIRONMENT, timeout=60)

@@ -85,7 +85,8 @@ def test_a_run_killed_anywhere_and_resumed_is_the_uninterrupted_one_bit_for_bit(
     for how, code in zip(hows, codes):
         assert code in {"kill": (-9, 0), "write": (-9, 0), "term": (143, 0)}[how], (codes, done.stderr)
     assert codes[-1] == 0 and codes[:-1].count(0) <= 2, codes  # 0: it came too late
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    for folder in tmp_path.glob("cut*"):
+        assert_same_run(tmp_path / "whole", folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
