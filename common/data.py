@@ -509,7 +509,9 @@ def _torchvision_files(root, what, class_name, training, download=True):
         parts = [_torchvision(class_name, root, what, split=split, download=download) for split in splits]
         pairs = [pair for part in parts for pair in (  # StanfordCars has the pairs themselves
             part._samples if hasattr(part, "_samples") else zip(part._image_files, part._labels))]
-        return _files(*zip(*pairs)), parts[0].classes
+        images = _files(*zip(*pairs))
+        # torchvision knows Flowers102's names since 0.22
+        return images, getattr(parts[0], "classes", None) or [str(i) for i in range(images.targets.max() + 1)]
 
     (train, class_names), (test, _) = files(*training), files("test")
     return train, None, test, class_names
