@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import data as rooms
+from common import builders, data as rooms
 from common.data import (CUT, LISTED, MATLAB, PUBLISHED, ImageFiles, check, image_side, load,
                          long_tail_counts, long_tail_indices, main, read_image, read_list)
 from common.evaluate import shot_groups
@@ -445,7 +445,7 @@ def test_flowers102_lt_cuts_train_and_val(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", MATLAB)
 def test_without_scipy_a_matlab_split_says_so(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(rooms, "find_spec", lambda package: None)
+    monkeypatch.setattr(builders, "find_spec", lambda package: None)
     with pytest.raises(ValueError, match="needs scipy to be read: pip install scipy, or give lists"):
         load(name, tmp_path)
     lists = own_lists(tmp_path, TRAIN, TEST)  # these need none

@@ -1,0 +1,184 @@
+"""What a long-tailed data set is: images per class, subsets, and the classes `Images`, `ImageFiles`, `Dataset`.
+
+A split is either `Images` (decoded, one uint8 array in memory) or `ImageFiles` (paths, decoded by the
+loader's workers); both have `.targets`. Class ids are the data set's own and are not sorted by frequency.
+"""
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+
+# ---------------------------------------------------------------- counts and subsets
+
+def long_tail_counts(num_classes, n_max, imb_factor):
+    """Images per class, from the most frequent to the rarest: int(n_max * imb_factor ** (-i / (C - 1))).
+
+    num_classes: C >= 1. n_max: images of the largest class, may be fractional. imb_factor: max/min, >= 1.
+    Returns a list of C ints. Raises ValueError. The rule of Cui et al. (CVPR 2019) as LDAM-DRW writes it.
+    """
+    if num_classes < 1:
+        raise ValueError(f"the number of classes must be at least 1, got {num_classes}")
+    if not 1 <= imb_factor < float("inf"):
+        raise ValueError(f"the imbalance factor is max/min and must be at least 1, got {imb_factor}")
+    if not 1 <= n_max < float("inf"):
+        raise ValueError(f"the largest class must hold at least one image, got {n_max}")
+    if num_classes == 1:
+        return [int(n_max)]
+    return [int(n_max * imb_factor ** (-i / (num_classes - 1))) for i in range(num_classes)]
+
+
+def long_tail_indices(targets, counts, seed=0):
+    """The images that LDAM-DRW@2536330 and MiSLAS@0fc381e keep.
+
+    targets: [n] class ids. counts: images to keep of class 0, 1, ... . seed: of one MT19937 stream.
+    Classes are visited in id order; each one's index list is shuffled and its first counts[c] are kept.
+    Returns the kept indices, class by class [sum(counts)]. Raises ValueError when a class has too few images.
+    """
+    targets = np.asarray(targets)
+    generator = np.random.RandomState(seed)
+    kept = []
+    for class_id, count in enumerate(counts):
+        indices = np.flatnonzero(targets == class_id)
+        if not 0 <= count <= len(indices):
+            raise ValueError(f"class {class_id} has {len(indices)} images, {count} were asked for")
+        generator.shuffle(indices)
+        kept.append(indices[:count])
+    return np.concatenate(kept) if kept else np.zeros(0, np.int64)
+
+
+def cut_to_long_tail(targets, num_classes, imb_factor, n_max=None, order=None, seed=0):
+    """Indices of a long-tailed subset of `targets`.
+
+    n_max: images of the largest class (None: what it has). order: class ids from head to tail (None: by
+    size, ties by id). A class with fewer images than the rule asks for keeps what it has, and says so once.
+    """
+    available = np.bincount(targets, minlength=num_classes)
+    order = np.argsort(-available, kind="stable") if order is None else np.asarray(order)
+    counts = np.zeros(num_classes, np.int64)
+    counts[order] = long_tail_counts(num_classes, available.max() if n_max is None else n_max, imb_factor)
+    short = np.flatnonzero(counts > available)
+    if len(short):
+        print(f"note: {len(short)} classes have fewer images than the long-tailed rule asks for; "
+              "they keep what they have", flush=True)
+    return long_tail_indices(targets, np.minimum(counts, available), seed)
+
+
+# ---------------------------------------------------------------- splits
+
+@dataclass
+class Images:
+    """A decoded split. images: uint8 [n, H, W, 3]; targets: int64 [n]."""
+    images: np.ndarray
+    targets: np.ndarray
+
+    def __len__(self):
+        return len(self.targets)
+
+    def subset(self, indices):
+        """The images at these indices."""
+        return Images(self.images[indices], self.targets[indices])
+
+
+@dataclass
+class ImageFiles:
+    """A split of image files. paths: bytes [n] in one flat array, which workers share; targets: int64 [n]."""
+    paths: np.ndarray
+    targets: np.ndarray
+
+    def __len__(self):
+        return len(self.targets)
+
+    def subset(self, indices):
+        """The image files at these indices."""
+        return ImageFiles(self.paths[indices], self.targets[indices])
+
+
+def image_files(paths, targets, root=""):
+    """`ImageFiles` of paths (strings) that are relative to root."""
+    return ImageFiles(np.array([os.fsencode(os.path.join(root, path)) for path in paths]),
+                      np.asarray(targets, np.int64))
+
+
+class Dataset:
+    """A long-tailed data set.
+
+    train, val (or None), test: `Images` or `ImageFiles`. class_counts: int64 [C], training images per class.
+    class_names: C strings. mean, std: per channel, for pixels in [0, 1]. image_size: side in pixels that the
+    nets see. color_jitter: how far brightness, contrast and saturation of image files vary in the standard
+    augmentation (0: not at all). Raises ValueError for a class without a training image, or a label out of
+    range.
+    """
+
+    def __init__(self, name, train, val, test, class_names, mean, std, image_size, color_jitter=0.0):
+        self.name, self.train, self.val, self.test = name, train, val, test
+        self.class_names, self.num_classes = list(class_names), len(class_names)
+        self.mean, self.std, self.image_size = tuple(mean), tuple(std), image_size
+        self.color_jitter = color_jitter
+        for part, split in (("train", train), ("val", val), ("test", test)):
+            if split is None:
+                continue
+            split.targets = np.ascontiguousarray(split.targets, np.int64)
+            if len(split) == 0:
+                raise ValueError(f"{name}: the {part} split has no images")
+            if split.targets.min() < 0 or split.targets.max() >= self.num_classes:
+                raise ValueError(f"{name}: {part} labels must lie in 0..{self.num_classes - 1}, "
+                                 f"found {split.targets.min()}..{split.targets.max()}")
+        self.class_counts = np.bincount(train.targets, minlength=self.num_classes)
+        empty = np.flatnonzero(self.class_counts == 0)
+        if len(empty):
+            raise ValueError(f"{name}: class {empty[0]} ({self.class_names[empty[0]]}) has no training image "
+                             f"({len(empty)} such classes)")
+
+    def split(self, name):
+        """train, val or test. Raises ValueError where the data set has none of that name."""
+        if getattr(self, name) is None:
+            raise ValueError(f"{self.name} has no validation images; leave out --evaluate-on val")
+        return getattr(self, name)
+
+    def subset(self, indices):
+        """The same data set with the training images at these indices alone."""
+        return Dataset(self.name, self.train.subset(indices), self.val, self.test, self.class_names,
+                       self.mean, self.std, self.image_size, self.color_jitter)
+
+
+def as_rgb(images, border=0):
+    """uint8 [n, H, W] or [n, H, W, 3] -> [n, H + 2 border, W + 2 border, 3], the border black."""
+    images = images[..., None] if images.ndim == 3 else images
+    if border:
+        images = np.pad(images, ((0, 0), (border, border), (border, border), (0, 0)))
+    return images if images.shape[3] == 3 else np.repeat(images, 3, axis=3)
+
+
+def channel_statistics(images):
+    """Mean and standard deviation per channel of uint8 images [n, H, W, 3], as fractions of 255."""
+    # Exact from histograms, made of 1000 images at a time: no larger copy of the whole set
+    histograms = np.zeros((3, 256))
+    for start in range(0, len(images), 1000):
+        for c in range(3):
+            histograms[c] += np.bincount(images[start:start + 1000, ..., c].ravel(), minlength=256)
+    return moments(histograms)
+
+
+def moments(histograms):
+    """Mean and standard deviation of values k / 255 that occur histograms[c][k] times, for each channel c."""
+    values = np.arange(256) / 255
+    means = [float(h @ values / h.sum()) for h in histograms]
+    stds = [float(np.sqrt(h @ (values - m) ** 2 / h.sum())) or 1.0 for h, m in zip(histograms, means)]
+    return means, stds
+
+
+
+
+def balanced_subset(data, images_per_class):
+    """A data set whose training split keeps the first `images_per_class` images of every class, in stored
+    order (ImageNet-BAL: 160 of ImageNet). Raises ValueError where a class has fewer."""
+    targets = data.train.targets
+    short = np.flatnonzero(data.class_counts < images_per_class)
+    if images_per_class < 1 or len(short):
+        raise ValueError(f"cannot take {images_per_class} images of every class: " + (
+            "at least 1 is needed" if images_per_class < 1 else
+            f"class {data.class_names[short[0]]} has {data.class_counts[short[0]]}"))
+    kept = np.sort(np.concatenate([np.flatnonzero(targets == c)[:images_per_class]
+                                   for c in range(data.num_classes)]))
+    return data.subset(kept)
