@@ -1,12 +1,15 @@
-"""Residual backbones and the cosine classifier.
+"""Residual backbones, torchvision's published weights for them, and the cosine classifier.
 
 A backbone maps images [N, 3, H, W] to pooled features [N, D] and says its D as `.feature_dim`.
 """
+import hashlib
+from pathlib import Path
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-CIFAR_DEPTHS = {"resnet14": 14, "resnet20": 20, "resnet32": 32}
+CIFAR_DEPTHS = {f"resnet{depth}": depth for depth in (14, 20, 32, 44, 56, 110)}
 IMAGENET_ARCHS = ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 ARCHS = (*CIFAR_DEPTHS, *IMAGENET_ARCHS)
 # torchvision's nets that `build_encoder` knows how to cut before their pooling
@@ -81,17 +84,72 @@ class _WithoutLastReLU(nn.Module):
         return out + (x if block.downsample is None else block.downsample(x))
 
 
-def imagenet_weights(arch):
-    """torchvision's ImageNet-1K weights by name, from its cache or downloaded. Raises ValueError offline."""
-    from torchvision.models import get_model_weights
-    weights = get_model_weights(arch).IMAGENET1K_V1
-    try:
-        return weights.get_state_dict(progress=True, check_hash=True)
-    except OSError as reason:  # what urllib raises without a network
-        raise ValueError(f"the ImageNet weights of {arch} could not be downloaded ({reason}); put "
-                         f"{weights.url.rsplit('/', 1)[1]} from {weights.url} into "
-                         f"{torch.hub.get_dir()}/checkpoints") from reason
+# ---------------------------------------------------------------- weights
 
+def imagenet_weights(arch):
+    """torchvision's ImageNet-1K weights by name, from torch.hub's cache or downloaded into it. Raises
+    ValueError, also where the cached file is another one."""
+    from torchvision.models import get_model_weights
+    return published_weights(get_model_weights(arch).IMAGENET1K_V1.url)
+
+
+def published_weights(url):
+    """A state dict from torch.hub's cache, or downloaded into it; executes no code from the file.
+
+    url: its name ends in the first digits of the file's sha256, as torchvision's do (resnet18-f37072fd.pth):
+    they are checked each time, because the cache is a folder like any other. Raises ValueError.
+    """
+    name = url.rsplit("/", 1)[1]
+    prefix = Path(name).stem.rpartition("-")[2]
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
+
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), prefix)
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while chunk := file.read(2 ** 20):
+                digest.update(chunk)
+    except (OSError, RuntimeError) as reason:  # no network, no right to write; a download that was cut
+        raise ValueError(f"{name} could not be downloaded ({reason}); put {name} from {url} into "
+                         f"{path.parent}") from reason
+
+    if not digest.hexdigest().startswith(prefix):
+        raise ValueError(f"{path} is not the published file, whose sha256 starts with {prefix}; delete it, or "
+                         f"put there what {url} has")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as reason:  # torch, zipfile and pickle each raise their own
+        raise ValueError(f"{path} holds more than weights; delete it, or put there what {url} has") from reason
+
+
+def load_weights(net, state, arch):
+    """Load a state dict strictly, but for the classifier, which stays as it is.
+
+    state: with or without a classifier (fc.*, classifier.*). Raises ValueError, naming what is missing, what
+    is left over and what has another shape.
+    """
+    classifier = ("fc.", "classifier.")
+    own = {name: value for name, value in net.state_dict().items() if not name.startswith(classifier)}
+    state = {name: value for name, value in state.items() if not name.startswith(classifier)}
+
+    differences = {
+        "missing": [name for name in own if name not in state  # older files do not count batches
+                    and not name.endswith("num_batches_tracked")],
+        "unexpected": [name for name in state if name not in own],
+        "of another shape": [f"{name} {list(state[name].shape)}, not {list(value.shape)}"
+                             for name, value in own.items()
+                             if name in state and state[name].shape != value.shape]}
+    said = [f"{len(names)} {what} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
+            for what, names in differences.items() if names]
+    if said:
+        raise ValueError(f"these weights are not a {arch}'s: of {len(own)} entries {'; '.join(said)}")
+
+    net.load_state_dict(state, strict=False)
+
+
+# ---------------------------------------------------------------- backbones by name
 
 def _torchvision_resnet(arch, image_size, last_relu, pretrained):
     """torchvision's ResNet without its classifier; gamma of each block's last batch norm starts at 0."""
@@ -105,7 +163,7 @@ def _torchvision_resnet(arch, image_size, last_relu, pretrained):
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
     if pretrained:
-        net.load_state_dict(imagenet_weights(arch))
+        load_weights(net, imagenet_weights(arch) if pretrained is True else pretrained, arch)
     net.feature_dim = net.fc.in_features
     net.fc = nn.Identity()
     if not last_relu:
@@ -116,26 +174,31 @@ def _torchvision_resnet(arch, image_size, last_relu, pretrained):
 def build_backbone(arch, image_size=32, last_relu=True, pretrained=False):
     """A backbone by name.
 
-    arch: one of `ARCHS`; resnet14, 20 and 32 are the CIFAR nets, the others torchvision's (bottlenecks v1.5:
-    stride on the 3x3; a 3x3 stem without pooling up to 64 pixels). image_size: side in pixels. last_relu:
-    False lets features be negative. pretrained: start from torchvision's ImageNet-1K weights (above 64
-    pixels). Returns a module [N, 3, H, W] -> [N, feature_dim]. Raises ValueError for an unknown name, or
-    where there are no such weights.
+    arch: one of `ARCHS`; resnet14, 20, 32, 44, 56 and 110 are the CIFAR nets, the others torchvision's
+    (bottlenecks v1.5: stride on the 3x3; a 3x3 stem without pooling up to 64 pixels). image_size: side in
+    pixels. last_relu: False lets features be negative. pretrained: a state dict to start from
+    (`common.pretrained.backbone_weights` reads one from a file), or True for torchvision's ImageNet-1K
+    weights (above 64 pixels). Returns a module [N, 3, H, W] -> [N, feature_dim]. Raises ValueError for an
+    unknown name, for weights that do not fit, or where there are none.
     """
-    if pretrained and (arch not in IMAGENET_ARCHS or arch == "resnet10" or image_size <= 64):
+    if arch not in ARCHS:
+        raise ValueError(f"unknown architecture {arch!r}; known: {', '.join(ARCHS)}")
+    if pretrained is True and (arch not in IMAGENET_ARCHS or arch == "resnet10" or image_size <= 64):
         raise ValueError(f"there are no ImageNet weights for {arch} at {image_size} pixels")
-    if arch in CIFAR_DEPTHS:
-        return CifarResNet(CIFAR_DEPTHS[arch], last_relu)
+
     if arch in IMAGENET_ARCHS:
         return _torchvision_resnet(arch, image_size, last_relu, pretrained)
-    raise ValueError(f"unknown architecture {arch!r}; known: {', '.join(ARCHS)}")
+    net = CifarResNet(CIFAR_DEPTHS[arch], last_relu)
+    if pretrained:
+        load_weights(net, pretrained, arch)
+    return net
 
 
 class CosineClassifier(nn.Module):
     """logits = scale * cos(features, W_c), without bias; so |logits| <= scale.
 
-    forward: features [N, D] -> logits [N, C], in float32. scale: the factor gamma; a parameter when
-    learn_scale, else fixed. W is Glorot uniform, as google-research/class_balanced_distillation has it.
+    forward: features [N, D] -> logits [N, C], in the weights' own precision, under autocast too. scale: the
+    factor gamma; a parameter when learn_scale, else fixed. W is Glorot uniform, as google-research/class_balanced_distillation has it.
     """
 
     def __init__(self, feature_dim, num_classes, scale, learn_scale=False):
@@ -151,7 +214,8 @@ class CosineClassifier(nn.Module):
     def forward(self, features):
         # bf16 rounds cosines to 3 digits, so this small product leaves autocast
         with torch.autocast(features.device.type, enabled=False):
-            return self.scale * F.normalize(features.float(), dim=1) @ F.normalize(self.weight, dim=1).t()
+            features = F.normalize(features.to(self.weight.dtype), dim=1)
+            return self.scale * features @ F.normalize(self.weight, dim=1).t()
 
 
 def fold_batch_norm(net):
@@ -186,14 +250,8 @@ def build_encoder(arch, state=None):
             raise ValueError(f"there are no ImageNet weights for {arch}; name --teacher-weights FILE")
         state = imagenet_weights(arch)
     if state is not None:
-        state = state.get("state_dict", state)
-        of_classifier = lambda values, yes: {key: value for key, value in values.items()
-                                             if key.startswith(("fc.", "classifier.")) == yes}
-        try:
-            net.load_state_dict({**of_classifier(net.state_dict(), True), **of_classifier(state, False)})
-        except RuntimeError as reason:
-            raise ValueError(f"these weights are not a {arch}'s: {' '.join(str(reason).split())[:200]}") \
-                from reason
+        load_weights(net, state.get("state_dict", state), arch)
+
     if arch in CIFAR_DEPTHS:
         encoder = nn.Sequential(net.conv1, net.bn1, nn.ReLU(), net.blocks)
     else:  # without pooling and classifier

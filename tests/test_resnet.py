@@ -1,5 +1,7 @@
 """The room common/resnet.py: CIFAR and torchvision ResNets, cosine classifier; what needs torchvision."""
+import hashlib
 import math
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.resnet import (ARCHS, BasicBlock, CifarResNet, CosineClassifier, build_backbone, build_encoder,
-                           fold_batch_norm)
+                           fold_batch_norm, imagenet_weights, published_weights)
 
 ROOT = Path(__file__).parent.parent
 
@@ -180,7 +182,7 @@ def test_an_unknown_architecture_is_told_the_known_ones():
     with pytest.raises(ValueError, match="resnet99") as caught:
         build_backbone("resnet99")
     assert all(arch in str(caught.value) for arch in ARCHS)
-    assert set(ARCHS) == {"resnet14", "resnet20", "resnet32", *BLOCKS}
+    assert set(ARCHS) == {*(f"resnet{depth}" for depth in (14, 20, 32, 44, 56, 110)), *BLOCKS}
 
 
 # ---------------------------------------------------------------- frozen encoders
@@ -249,6 +251,89 @@ def test_an_encoder_s_weights_load_strictly_but_for_a_classifier():
         build_encoder("resnet14", "ImageNet-1K")
 
 
+# ---------------------------------------------------------------- published weights
+
+class Payload:
+    """Creates a file when a reader runs what its pickle says."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """torch.hub's folder of weights, without a network."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+    def offline(*args, **named):
+        raise OSError("no network")
+    monkeypatch.setattr("torch.hub.urlopen", offline)
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+def test_code_in_a_cached_file_of_a_published_name_does_not_run(cache, tmp_path):
+    marker, file = tmp_path / "ran", cache / "resnet152-394f9c45.pth"
+    cache.mkdir(parents=True)
+    torch.save({"conv1.weight": Payload(marker)}, file)
+    for ask in (lambda: imagenet_weights("resnet152"), lambda: build_encoder("resnet152", "ImageNet-1K"),
+                lambda: build_backbone("resnet152", 224, pretrained=True)):
+        with pytest.raises(ValueError, match=f"{file} is not the published file") as refused:
+            ask()
+        assert "https://download.pytorch.org/models/" in str(refused.value) and not marker.exists()
+    pickle.loads(pickle.dumps(Payload(marker)))  # the payload is a live one
+    assert marker.exists()
+
+
+def test_nor_does_it_where_the_file_s_hash_is_right(cache, tmp_path):
+    cache.mkdir(parents=True)
+    torch.save({"conv1.weight": Payload(tmp_path / "ran")}, tmp_path / "file")
+    digest = hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest()
+    (tmp_path / "file").rename(cache / f"net-{digest[:8]}.pth")
+    with pytest.raises(ValueError, match="holds more than weights"):
+        published_weights(f"https://nowhere.invalid/net-{digest[:8]}.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_cached_file_with_the_hash_of_its_name_is_read_and_without_one_there_is_advice(cache, tmp_path):
+    with pytest.raises(ValueError, match=f"put net-0123abcd.pth from .* into {cache}"):
+        published_weights("https://nowhere.invalid/net-0123abcd.pth")
+    state = build_backbone("resnet18", 224).state_dict()
+    torch.save(state, tmp_path / "file")
+    digest = hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest()
+    (tmp_path / "file").rename(cache / f"net-{digest[:8]}.pth")
+    read = published_weights(f"https://nowhere.invalid/net-{digest[:8]}.pth")
+    assert read.keys() == state.keys() and all(torch.equal(read[name], state[name]) for name in state)
+
+
+def test_a_backbone_starts_from_a_state_dict_and_says_what_does_not_fit():
+    state = with_statistics(build_backbone("resnet18", 224)).state_dict()
+    older = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    classifier = {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+    images = torch.randn(2, 3, 96, 96)
+    nets = [build_backbone("resnet18", 224, last_relu, pretrained={**older, **classifier}).eval()
+            for last_relu in (True, False)]
+    assert torch.equal(nets[0](images), F.relu(nets[0](images)))
+    assert nets[1](images).min() < 0
+    for net in nets:
+        assert torch.equal(net.layer1[0].conv1.weight, state["layer1.0.conv1.weight"])
+    with pytest.raises(ValueError, match="not a resnet18's.*1 of another shape .conv1.weight.*7, 7"):
+        build_backbone("resnet18", 32, pretrained=state)
+    with pytest.raises(ValueError, match="not a resnet34's.*missing .layer1.2.conv1.weight"):
+        build_backbone("resnet34", 224, pretrained=state)
+    with pytest.raises(ValueError, match="not a resnet20's.*missing .blocks.*unexpected .layer1"):
+        build_backbone("resnet20", pretrained=state)
+
+
+@pytest.mark.parametrize("depth", [44, 56, 110])
+def test_deeper_cifar_nets_are_known_by_name(depth):
+    arch = f"resnet{depth}"
+    net = build_backbone(arch, pretrained=CifarResNet(depth).state_dict())
+    assert arch in ARCHS and len(net.blocks) == (depth - 2) // 2 and build_encoder(arch).feature_dim == 64
+
+
 # ---------------------------------------------------------------- cosine classifier
 
 def test_logits_are_scale_times_cosine_without_a_bias():
@@ -296,6 +381,13 @@ def test_logits_are_float32_under_bf16_autocast():
     assert logits.dtype == from_bf16.dtype == torch.float32
     assert torch.equal(logits, classifier(features))
     assert torch.equal(from_bf16, classifier(features.bfloat16().float()))
+
+
+def test_a_net_in_float64_has_logits_in_float64():
+    torch.manual_seed(0)
+    classifier, features = CosineClassifier(6, 4, 20).double(), torch.randn(5, 6, dtype=torch.float64)
+    expected = 20 * F.cosine_similarity(features[:, None], classifier.weight[None], dim=2)
+    torch.testing.assert_close(classifier(features), expected, rtol=1e-12, atol=1e-12)
 
 
 # ---------------------------------------------------------------- what needs torchvision
