@@ -1,0 +1,76 @@
+"""The baseline of LDAM-DRW: its schedule, its net, and a run that is cut and goes on."""
+import json
+import os
+
+import pytest
+import torch
+import torch.nn as nn
+
+from tests import anchor
+from tests.tiny import tiny_npz
+
+
+def test_learning_rate_at_the_epochs_where_it_changes():
+    expected = {1: 0.02, 2: 0.04, 5: 0.1, 6: 0.1, 160: 0.1, 161: 1e-3, 180: 1e-3, 181: 1e-5, 200: 1e-5}
+    assert {epoch: anchor.step_lr(epoch) for epoch in expected} == pytest.approx(expected)
+
+
+def test_the_net_is_ldam_drw_s():
+    net = anchor.build_net(10)
+    assert sum(p.numel() for p in net.parameters()) == 464_154
+
+    # Kaiming normal: variance 2 / fan in, of convolutions and of the classifier
+    torch.manual_seed(0)
+    for module in anchor.build_net(100).modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            fan_in = module.weight[0].numel()
+            assert module.weight.var().item() == pytest.approx(2 / fan_in, rel=0.25)
+
+
+def run(folder, name):
+    return anchor.main(anchor.parse_args(["--dataset", str(folder / "tiny.npz"), "--epochs", "2", "--resume",
+                                          "--out", str(folder / name)]))
+
+
+def die_at_write(number, monkeypatch):
+    """Make the number-th file that a run writes never take its place."""
+    real, writes = os.replace, []
+
+    def replace(*paths):
+        writes.append(paths)
+        if len(writes) == number:
+            raise KeyboardInterrupt
+        real(*paths)
+    monkeypatch.setattr(anchor.os, "replace", replace)
+
+
+def test_a_run_cut_at_each_of_its_writes_ends_as_an_unbroken_one(tmp_path, monkeypatch):
+    tiny_npz(tmp_path / "tiny.npz", counts=(8, 100, 3, 30, 12), size=4)  # two batches, the second one smaller
+    whole = run(tmp_path, "whole")
+    assert whole["all"] == whole["stages"][0]["all"] and whole["epoch"] == 2
+
+    # before epoch 1 is saved; before its line is in the log; before epoch 2 is saved; before the result
+    for number in (1, 2, 1, 3):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            die_at_write(number, patch)
+            run(tmp_path, "cut")
+    run(tmp_path, "cut")
+
+    nets = [torch.load(tmp_path / name / "last.pt", weights_only=True)["net"] for name in ("whole", "cut")]
+    assert all(torch.equal(nets[0][key], nets[1][key]) for key in nets[0])
+
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+            for name in ("whole", "cut")]
+    for log in logs:
+        assert len(log) == 3 and [row.pop("seconds", None) for row in log][1:] != [None, None]
+        assert [row.get("lr") for row in log] == [None, 0.02, 0.04]
+    assert logs[0][1:] == logs[1][1:]
+
+
+def test_a_taken_folder_is_left_alone(tmp_path):
+    tiny_npz(tmp_path / "tiny.npz", counts=(4, 4, 4, 4, 4), test=1)
+    flags = ["--dataset", str(tmp_path / "tiny.npz"), "--epochs", "1", "--out", str(tmp_path / "run")]
+    anchor.main(anchor.parse_args(flags))
+    for more in ([], ["--resume", "--seed", "1"]):
+        with pytest.raises(ValueError, match="holds a run of"):
+            anchor.main(anchor.parse_args(flags + more))
