@@ -1,0 +1,318 @@
+"""What a script runs in: its data set, device, loaders and folder, and epochs that can be cut off anywhere.
+
+    with bad_input():                       # what is wrong is found before anything is written
+        run = Run("cbd", args)
+        run.open()
+    with run:
+        for epoch in run.epochs("student", "student.pt", model, optimizer, 200):
+            for images, targets, share, ends_step in epoch.batches(indices):
+                ...                         # forward, backward, and where ends_step the optimiser's step
+            if epoch.is_scored:
+                epoch.log(**run.scores(model))
+        run.add("student", run.scores(model))
+    run.finish()
+
+Never `break` out of these two loops: what stands behind their `yield` runs when the next round is asked for.
+"""
+import hashlib
+import math
+import time
+from functools import cached_property
+
+import torch
+from tqdm import tqdm
+
+from common.data import load
+from common.evaluate import Diverged, class_sums, predict, scores, table
+from common.folder import load_checkpoint, open_folder, save_net
+from common.loader import UnreadableImage, every_image, make_loader, split_batches
+from common.ranks import (autocast, average_buffers, bad_input, derive_seed, fail, first_rank_first, gather_ranks,
+                          generator, rank, ranks, say, start_ranks, sum_gradients, sum_ranks)
+from common.stop import Stop
+
+UNTRAINED = {"best_all": None, "seconds": None, "images_per_second": None}  # of a stage that trains nothing
+
+
+class Run:
+    """One call of a script: `args`, `data`, `device`, and after `open` its `folder`; from there on a context
+    that ends in one line where a net diverges, an image cannot be read, or the system refuses something.
+    Raises ValueError for what cannot be had."""
+
+    def __init__(self, method, args):
+        self.method, self.args, self.loaders, self.stages = method, args, [], []
+        self.device = start_ranks(args.device)
+        self.autocast = autocast(self.device, args.amp)
+        if args.sync_bn and (self.device.type != "cuda" or ranks() == 1):
+            raise ValueError("--sync-bn needs GPUs and torchrun: torch's SyncBatchNorm has no CPU version")
+        split_batches(1, args.batch_size, 0, ranks(), args.grad_accumulation)  # raises if it cannot
+
+        with first_rank_first():
+            self.data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed,
+                             train_list=args.train_list, test_list=args.test_list)
+        self.data.split(args.evaluate_on)
+
+    # ---------------------------------------------------------------- what a method asks for
+
+    @property
+    def targets(self):
+        """Class ids of the training images, int64 [n], on the CPU."""
+        return torch.from_numpy(self.data.train.targets)
+
+    @property
+    def class_counts(self):
+        """Training images per class, int64 [C], on the CPU."""
+        return torch.from_numpy(self.data.class_counts)
+
+    @cached_property
+    def train_images(self):
+        """A loader of the training images as they are, not augmented."""
+        return self.loader(self.data.train, 256)
+
+    @cached_property
+    def test_images(self):
+        """A loader of the split that --evaluate-on names."""
+        return self.loader(self.data.split(self.args.evaluate_on), 256)
+
+    def loader(self, split, batch_size, *more):
+        """What `make_loader` makes with this run's flags."""
+        self.loaders.append(make_loader(
+            split, self.data, batch_size, self.device, *more, workers=self.args.workers,
+            skip_bad=self.args.skip_bad_images, noise=getattr(self.args, "noise", 0.01)))
+        return self.loaders[-1]
+
+    def seed(self, *parts):
+        """A seed of its own for anything that is named, from --seed."""
+        return derive_seed(self.args.seed, *parts)
+
+    def place(self, model):
+        """The net on the device, in channels_last, with --sync-bn."""
+        if self.args.sync_bn:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    def compiled(self, model):
+        """The net, or with --compile torch.compile of it; they share their weights."""
+        return torch.compile(model) if self.args.compile else model
+
+    def sum_gradients(self, model):
+        """Under torchrun: the sum of the ranks' gradients, which with `share` is the global batch's."""
+        sum_gradients([p for p in model.parameters() if p.requires_grad])
+
+    def normalise_as(self, *saved, paths=()):
+        """Show images as these saved nets saw them. Raises ValueError where they saw different ones."""
+        for each in saved:
+            if (each["mean"], each["std"]) != (saved[0]["mean"], saved[0]["std"]):
+                raise ValueError(f"{' and '.join(paths)} were trained on differently normalised images")
+            self.data.mean, self.data.std = each["mean"], each["std"]
+
+    # ---------------------------------------------------------------- scores, over all ranks
+
+    def outputs(self, model):
+        """(logits [N, C], features [N, D], targets [N]) of every test image."""
+        images = every_image(self.test_images, rank(), ranks())
+        return [gather_ranks(part) for part in predict(model, images, self.autocast)]
+
+    def scores(self, model):
+        """all, many, medium, few, ece, mce, ... of a net."""
+        logits, _, targets = self.outputs(model)
+        return scores(logits, targets, self.data.class_counts)
+
+    def class_means(self, model):
+        """The mean unit feature of every class's training images, [C, D]."""
+        images = every_image(self.train_images, rank(), ranks())
+        sums = sum_ranks(class_sums(model, images, self.data.num_classes, self.autocast))
+        return sums / self.class_counts.to(sums.device)[:, None]
+
+    def evaluate(self, load_model, assess):
+        """--evaluate: the scores of a saved net, printed and returned. load_model(path, class_names) -> (net,
+        what was saved with it); assess(run, net) -> scores."""
+        model, saved = load_model(self.args.evaluate, self.data.class_names)
+        self.normalise_as(saved)
+        self.stages = [{"name": self.args.evaluate, **assess(self, model.to(self.device))}]
+        self.report()
+        return {"method": self.method, "dataset": self.data.name, **self.stages[0]}
+
+    # ---------------------------------------------------------------- folder, stages, end
+
+    def open(self):
+        """Make the run's folder, or go on in it with --resume. Raises ValueError."""
+        self.folder = open_folder(self.args, self.method, fingerprint(self.data), self.device)
+        self.stop = Stop(self.args.time_limit, self.device)
+
+    def __enter__(self):
+        self.guard = bad_input(UnreadableImage, Diverged)
+        self.guard.__enter__()
+        return self
+
+    def __exit__(self, *reason):
+        return self.guard.__exit__(*reason)
+
+    def add(self, name, result):
+        """An entry of result.json's stages; the last one is the run's own."""
+        self.stages.append({"name": name, **result, **self.folder.state.get("done", {}).get(name, UNTRAINED)})
+
+    def finish(self):
+        """Write result.json, print the table. Returns result.json's content."""
+        result = self.folder.finish({
+            "method": self.method, "dataset": self.data.name, "seed": self.args.seed, **self.stages[-1],
+            "class_counts": self.data.class_counts.tolist(), "stages": self.stages})
+        self.stop.close()
+        self.report()
+        return result
+
+    def report(self):
+        """Print the table of the stages, and which images were left out."""
+        reasons = sorted(set().union(*(loader.bad_images for loader in self.loaders)))
+        for reason in reasons:
+            tqdm.write(f"left out by --skip-bad-images: {reason}")
+        if reasons:
+            tqdm.write(f"--skip-bad-images left out {len(reasons)} files (rank {rank()})")
+        say(table([(stage["name"], stage) for stage in self.stages]))
+
+    def epochs(self, name, file, model, optimizer, epochs, augmentation="standard", batch_size=None,
+               parts=None, **about):
+        """The epochs of a stage that are still to be done: all; those behind where a resumed run was cut off;
+        none, where it had finished: then `model` is loaded from `file`, which is written behind the last one.
+
+        parts: what is trained, where that is more than the model. about: saved in `file` beside what rebuilds
+        the net.
+        """
+        done, path = self.folder.state.get("done", {}), self.folder.path / file
+        if name in done:
+            self._load_finished(name, path, model)
+            return
+
+        parts, batch_size = parts or model, batch_size or self.args.batch_size
+        loader = self.loader(self.data.train, batch_size, augmentation, self.seed(name, "augmentation"),
+                             rank(), ranks(), self.args.grad_accumulation)
+        state = self._open_stage(name, parts, optimizer)
+        for number in range(state["epoch"], epochs):
+            epoch = Epoch(self, name, number, epochs, loader, parts, optimizer, state)
+            yield epoch
+            epoch.close()
+
+        stats = {"best_all": state["best_all"], "seconds": state["seconds"],
+                 "images_per_second": state["images"] / state["seconds"]}
+        save_net(path, self.method, model, self.data, augmentation=augmentation, **about)
+        self.folder.save(done={**done, name: stats})
+
+    def _load_finished(self, name, path, model):
+        """The weights of a stage that a resumed run has finished."""
+        try:
+            model.load_state_dict(load_checkpoint(path)["state_dict"])
+        except (ValueError, KeyError, RuntimeError) as reason:
+            fail(f"{name} is finished, but its weights cannot be read ({reason}); bring that file back, or train "
+                 f"again with another --out")
+
+    def _open_stage(self, name, parts, optimizer):
+        """What is saved of a stage besides these two, at its start; or what was saved in its middle, after
+        loading these two. step, losses [terms, step]: of the epoch in progress; best_all: percent; seconds:
+        of training."""
+        if self.folder.state.get("stage") != name:
+            return {"stage": name, "epoch": 0, "step": 0, "losses": torch.zeros(0), "best_all": 0.0,
+                    "seconds": 0.0, "images": 0}
+        parts.load_state_dict(self.folder.state["model"])
+        optimizer.load_state_dict(self.folder.state["optimizer"])
+        return self.folder.state["progress"]
+
+    def save_stage(self, state, parts, optimizer):
+        """Write last.pt in the middle of a stage."""
+        losses = sum_ranks(state["losses"].clone())
+        self.folder.save(stage=state["stage"], progress={**state, "losses": losses}, model=parts.state_dict(),
+                         optimizer=optimizer.state_dict(), done=self.folder.state.get("done", {}))
+
+
+class Epoch:
+    """One epoch of a stage. number: from 0. generator: for the sampler. now: how many epochs are done, 3.25
+    say; progress: the same in [0, 1]. is_scored: every --evaluate-every epochs, and the last."""
+
+    def __init__(self, run, stage, number, epochs, loader, parts, optimizer, state):
+        self.run, self.stage, self.number, self.epochs = run, stage, number, epochs
+        self.loader, self.parts, self.optimizer, self.state = loader, parts, optimizer, state
+        self.generator = generator(run.args.seed, stage, "sampling", number)
+        self.is_scored = (number + 1) % run.args.evaluate_every == 0 or number + 1 == epochs
+        self.now, self.row, self.losses = float(number), {}, None
+
+    @property
+    def progress(self):
+        return self.now / self.epochs
+
+    def batches(self, indices):
+        """This rank's batches of the training images at `indices`: (images, targets, share, ends_step).
+        Behind a step the run may stop, with a checkpoint. At the end `row` holds the means of what `track` got."""
+        run, state = self.run, self.state
+        self.steps = math.ceil(len(indices) / self.loader.batch_size)
+        started, first, starts_step = time.time() - state["seconds"], state["step"], True
+        if first > 0:  # cut off in this epoch, by as many ranks or by others
+            losses = state["losses"] / ranks()
+            self.losses = torch.nn.functional.pad(losses, (0, self.steps - first)).to(run.device)
+
+        for batch in self._bar(self.loader.batches(indices, self.number, first), self.steps - first):
+            if starts_step:  # for what draws from torch's own generators: masks, mixing, drop path
+                torch.manual_seed(run.seed(self.stage, "noise", self.number, state["step"], rank()))
+            self.now = self.number + state["step"] / self.steps
+            yield batch
+            starts_step = batch.ends_step
+            if batch.ends_step:
+                state["step"] += 1
+                if run.stop.wanted():
+                    state.update(losses=self.losses[:, :state["step"]], seconds=time.time() - started)
+                    self._check_finite(state["losses"])
+                    run.save_stage(state, self.parts, self.optimizer)
+                    run.stop.end(run.folder.path)
+
+        average_buffers(self.parts)
+        losses = self._check_finite(self.losses)
+        state.update(seconds=time.time() - started, images=state["images"] + len(indices))
+        self.row = dict(zip(state["terms"], losses.mean(1).tolist()))
+
+    def _bar(self, batches, steps):
+        return tqdm(batches, f"{self.stage}, epoch {self.number + 1}", steps * self.run.args.grad_accumulation,
+                    leave=False, disable=None if rank() == 0 else True)
+
+    def track(self, **terms):
+        """Add these losses, the one that is minimised first, to those of the step; without waiting for the
+        device. With accumulation and ranks they are shares, whose sum is the step's."""
+        values = torch.stack([value.detach().float() for value in terms.values()])
+        if self.losses is None:
+            self.state["terms"], self.losses = list(terms), values.new_zeros(len(values), self.steps)
+        self.losses[:, self.state["step"]] += values
+
+    def log(self, **row):
+        """Add to the epoch's line of log.jsonl."""
+        self.row.update(row)
+        self.state["best_all"] = max(self.state["best_all"], row.get("all", 0.0))
+
+    def close(self):
+        """Write log.jsonl's line and a checkpoint; then print."""
+        run, state = self.run, self.state
+        state.update(epoch=self.number + 1, step=0, losses=torch.zeros(0))
+        run.folder.log(stage=self.stage, epoch=self.number + 1, seconds=state["seconds"], **self.row)
+        run.save_stage(state, self.parts, self.optimizer)
+
+        if self.is_scored:
+            say(f"{self.stage}, epoch {self.number + 1} of {self.epochs}: " + ", ".join(
+                f"{key} {self.row[key]:.3g}" for key in (*state["terms"], "all") if key in self.row))
+
+    def _check_finite(self, losses):
+        """The losses [terms, steps] summed over the ranks, on the CPU; the epoch's one wait for the device.
+        Ends the run where one of them, or a weight, is not finite: nothing of it is saved."""
+        losses = sum_ranks(losses.clone()).cpu()
+        bad = (~losses.isfinite()).any(0).nonzero().flatten().tolist()
+        weights = [value for value in self.parts.state_dict().values() if value.is_floating_point()]
+        if not bad and torch.stack([value.isfinite().all() for value in weights]).all():
+            return losses
+
+        what = f"the loss became {losses[0, bad[0]].item()} at step {bad[0] + 1}" if bad else \
+            "the weights are no longer finite at the end"
+        last = self.run.folder.path / "last.pt"
+        fail(f"{self.stage} diverged: {what} of epoch {self.number + 1}; train again with a smaller learning rate "
+             f"and another --out (--resume keeps a run's settings); last good checkpoint: "
+             f"{last if last.exists() else 'none yet'}")
+
+
+def fingerprint(data):
+    digest = hashlib.sha256(repr(data.class_names).encode())
+    for split in (data.train, data.val, data.test):
+        digest.update(b"" if split is None else split.targets.tobytes())
+    return digest.hexdigest()
