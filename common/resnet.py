@@ -116,12 +116,12 @@ def published_weights(url):
                          f"{path.parent}") from reason
 
     if not digest.hexdigest().startswith(prefix):
-        raise ValueError(f"{path} is not the published file, whose sha256 starts with {prefix}; delete it, or "
-                         f"put there what {url} has")
+        raise ValueError(f"{path} is not the published file, whose sha256 starts with {prefix}; delete it, "
+                         f"or put there what {url} has")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as reason:  # torch, zipfile and pickle each raise their own
-        raise ValueError(f"{path} holds more than weights; delete it, or put there what {url} has") from reason
+        raise ValueError(f"{path} holds more than weights; delete it") from reason
 
 
 def load_weights(net, state, arch):
@@ -131,7 +131,8 @@ def load_weights(net, state, arch):
     is left over and what has another shape.
     """
     classifier = ("fc.", "classifier.")
-    own = {name: value for name, value in net.state_dict().items() if not name.startswith(classifier)}
+    own = net.state_dict()
+    own = {name: value for name, value in own.items() if not name.startswith(classifier)}
     state = {name: value for name, value in state.items() if not name.startswith(classifier)}
 
     differences = {
@@ -163,7 +164,7 @@ def _torchvision_resnet(arch, image_size, last_relu, pretrained):
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
     if pretrained:
-        load_weights(net, imagenet_weights(arch) if pretrained is True else pretrained, arch)
+        load_weights(net, pretrained, arch)
     net.feature_dim = net.fc.in_features
     net.fc = nn.Identity()
     if not last_relu:
@@ -177,14 +178,16 @@ def build_backbone(arch, image_size=32, last_relu=True, pretrained=False):
     arch: one of `ARCHS`; resnet14, 20, 32, 44, 56 and 110 are the CIFAR nets, the others torchvision's
     (bottlenecks v1.5: stride on the 3x3; a 3x3 stem without pooling up to 64 pixels). image_size: side in
     pixels. last_relu: False lets features be negative. pretrained: a state dict to start from
-    (`common.pretrained.backbone_weights` reads one from a file), or True for torchvision's ImageNet-1K
+    (`common.pretrained.backbone_weights` reads one from a file), or True or "ImageNet-1K" for torchvision's
     weights (above 64 pixels). Returns a module [N, 3, H, W] -> [N, feature_dim]. Raises ValueError for an
     unknown name, for weights that do not fit, or where there are none.
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown architecture {arch!r}; known: {', '.join(ARCHS)}")
-    if pretrained is True and (arch not in IMAGENET_ARCHS or arch == "resnet10" or image_size <= 64):
-        raise ValueError(f"there are no ImageNet weights for {arch} at {image_size} pixels")
+    if pretrained in (True, "ImageNet-1K"):
+        if arch not in IMAGENET_ARCHS or arch == "resnet10" or image_size <= 64:
+            raise ValueError(f"there are no ImageNet weights for {arch} at {image_size} pixels")
+        pretrained = imagenet_weights(arch)
 
     if arch in IMAGENET_ARCHS:
         return _torchvision_resnet(arch, image_size, last_relu, pretrained)
@@ -198,7 +201,8 @@ class CosineClassifier(nn.Module):
     """logits = scale * cos(features, W_c), without bias; so |logits| <= scale.
 
     forward: features [N, D] -> logits [N, C], in the weights' own precision, under autocast too. scale: the
-    factor gamma; a parameter when learn_scale, else fixed. W is Glorot uniform, as google-research/class_balanced_distillation has it.
+    factor gamma; a parameter when learn_scale, else fixed. W is Glorot uniform, as
+    google-research/class_balanced_distillation has it.
     """
 
     def __init__(self, feature_dim, num_classes, scale, learn_scale=False):

@@ -47,8 +47,10 @@ def test_requirements_are_the_card_s_five_packages():
 
 
 def test_sources_import_only_the_card_s_packages():
-    allowed = sys.stdlib_module_names | {"torch", "torchvision", "numpy", "tqdm", "common"}
+    card = sys.stdlib_module_names | {"torch", "torchvision", "numpy", "tqdm", "common"}
     for path in SOURCES:
+        optional = {"timm", "safetensors", "huggingface_hub"} if path.stem == "pretrained" else set()
+        allowed = card | optional
         for module in imported_modules(path):
             assert module.split(".")[0] in allowed | {"PIL"}, (path, module)  # PIL comes with torchvision
 
@@ -60,13 +62,15 @@ def test_rooms_do_not_import_methods_and_are_leaves():
         assert not tops & {"cbd", "async_lt", "livt", "candle"}, path
         if path.parent.name == "common":
             allowed = {"loader": {"common.data"}, "builders": {"common.files", "common.longtail"},
+                       "pretrained": {"common.resnet", "common.vit"},
                        "data": {"common.builders", "common.files", "common.longtail"}}.get(path.stem, set())
             assert {m for m in modules if m.startswith("common")} <= allowed, path
 
 
 def test_torchvision_is_imported_only_inside_what_needs_it():
     for path in SOURCES:
-        assert not any(m.split(".")[0] in ("torchvision", "PIL") for m in module_level_imports(path)), path
+        assert not any(m.split(".")[0] in ("torchvision", "PIL", "timm", "safetensors", "huggingface_hub")
+                       for m in module_level_imports(path)), path
 
 
 def test_lines_and_scripts_keep_their_size():
