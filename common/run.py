@@ -123,6 +123,23 @@ class Run:
         sums = sum_ranks(class_sums(model, images, self.data.num_classes, self.autocast))
         return sums / self.class_counts.to(sums.device)[:, None]
 
+    @torch.no_grad()
+    def features(self, model, indices):
+        """Features [n, D] of the training images at `indices`, not augmented, their targets [n] and indices [n],
+        by index; without what --skip-bad-images leaves out. On the CPU; every rank computes a part, all get all."""
+        model.eval()
+        loader, mine, rows = self.train_images, indices[rank()::ranks()], []
+        for images, targets, share, _ in loader.batches(mine if len(mine) else indices[:1]):
+            with self.autocast():
+                features = model(images)[1].float()
+            kept = slice(None) if share > 0 and len(mine) else slice(0, 0)
+            rows.append((features[kept], targets[kept]))
+
+        read = mine[[i not in loader.bad_indices for i in mine.tolist()]].to(self.device)
+        features, targets, read = (gather_ranks(part).cpu() for part in (*map(torch.cat, zip(*rows)), read))
+        order = read.argsort()
+        return features[order], targets[order], read[order]
+
     def evaluate(self, load_model, assess):
         """--evaluate: the scores of a saved net, printed and returned. load_model(path, class_names) -> (net,
         what was saved with it); assess(run, net) -> scores."""
