@@ -27,7 +27,7 @@ from common.evaluate import Diverged, class_sums, predict, scores, table
 from common.folder import load_checkpoint, open_folder, save_net
 from common.loader import UnreadableImage, every_image, make_loader, split_batches
 from common.ranks import (autocast, average_buffers, bad_input, derive_seed, fail, first_rank_first, gather_ranks,
-                          generator, rank, ranks, say, start_ranks, sum_gradients, sum_ranks)
+                          generator, peak_memory, rank, ranks, say, start_ranks, sum_gradients, sum_ranks)
 from common.stop import Stop
 
 UNTRAINED = {"best_all": None, "seconds": None, "images_per_second": None}  # of a stage that trains nothing
@@ -145,6 +145,7 @@ class Run:
         what was saved with it); assess(run, net) -> scores."""
         model, saved = load_model(self.args.evaluate, self.data.class_names)
         self.normalise_as(saved)
+        self.data.image_size = saved["image_size"]
         self.stages = [{"name": self.args.evaluate, **assess(self, model.to(self.device))}]
         self.report()
         return {"method": self.method, "dataset": self.data.name, **self.stages[0]}
@@ -203,13 +204,15 @@ class Run:
         loader = self.loader(self.data.train, batch_size, augmentation, self.seed(name, "augmentation"),
                              rank(), ranks(), self.args.grad_accumulation)
         state = self._open_stage(name, parts, optimizer)
+        peak_memory(self.device)  # from here on
         for number in range(state["epoch"], epochs):
             epoch = Epoch(self, name, number, epochs, loader, parts, optimizer, state)
             yield epoch
             epoch.close()
 
         stats = {"best_all": state["best_all"], "seconds": state["seconds"],
-                 "images_per_second": state["images"] / state["seconds"]}
+                 "images_per_second": state["images"] / state["seconds"],
+                 "peak_memory_mb": peak_memory(self.device)}
         save_net(path, self.method, model, self.data, augmentation=augmentation, **about)
         self.folder.save(done={**done, name: stats})
 
