@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 
 from common.data import Dataset, ImageFiles, Images, load
-from common.loader import (AUGMENTATIONS, CHUNK, UnreadableImage, color_jitter_gray, every_image, make_loader,
-                           mix_seed, mixup_cutmix, rand_augment, random_box, random_erasing,
-                           random_resized_crop_flip, resize, split_batches)
+from common.loader import (AUGMENTATIONS, CHUNK, Augmentation, Cut, UnreadableImage, count_steps, every_image,
+                           make_loader, mix_seed, split_batches)
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -33,8 +32,10 @@ def random_images(n, side=12, seed=0):
     return np.random.RandomState(seed).randint(0, 256, (n, side, side, 3), np.uint8)
 
 
-def loader_of(data, batch_size, augmentation="none", **kw):
-    return make_loader(data.train, data, batch_size, "cpu", augmentation, **kw)
+def loader_of(data, batch_size, augmentation="none", seed=0, noise=0.01, rank=0, ranks=1, accumulation=1,
+              **kw):
+    cut = Cut(batch_size, rank, ranks, accumulation)
+    return make_loader(data.train, data, cut, "cpu", Augmentation(augmentation, seed, noise), **kw)
 
 
 def to_pixels(images, mean=MEAN, std=STD):
@@ -49,7 +50,7 @@ def by_position(data, indices, batch_size, ranks=1, accumulation=1, epoch=0, **k
     images, targets = [None] * len(indices), [None] * len(indices)
     for rank in range(ranks):
         loader = loader_of(data, batch_size, rank=rank, ranks=ranks, accumulation=accumulation, **kw)
-        parts = split_batches(len(indices), batch_size, rank, ranks, accumulation)
+        parts = split_batches(len(indices), Cut(batch_size, rank, ranks, accumulation))
         batches = list(loader.batches(indices, epoch))
         for (positions, share, ends_step), batch in zip(parts, batches, strict=True):
             assert (batch.share, batch.ends_step) == (share, ends_step)
@@ -66,12 +67,13 @@ def by_position(data, indices, batch_size, ranks=1, accumulation=1, epoch=0, **k
     (25, 12, 3, 4), (0, 4, 2, 1)])
 def test_ranks_and_parts_share_out_every_global_batch(n, batch_size, ranks, accumulation):
     values = np.random.RandomState(0).rand(n)
-    steps = math.ceil(n / batch_size)
+    steps = count_steps(n, batch_size)
+    assert steps == math.ceil(n / batch_size)
     weighted, drawn = np.zeros(steps), [[] for _ in range(steps)]
     shares, parts = np.zeros(steps), np.zeros((ranks, steps))
     for rank in range(ranks):
         step = 0
-        for positions, share, ends_step in split_batches(n, batch_size, rank, ranks, accumulation):
+        for positions, share, ends_step in split_batches(n, Cut(batch_size, rank, ranks, accumulation)):
             # What must fit into memory at once (or one more, where the ranks' parts are uneven), and never
             # nothing: batch norm and means need an image
             assert 1 <= len(positions) <= batch_size // (ranks * accumulation) + 1
@@ -94,9 +96,7 @@ def test_ranks_and_parts_share_out_every_global_batch(n, batch_size, ranks, accu
                                                              (8, 1, 0), (-8, 2, 1)])
 def test_a_batch_size_that_cannot_be_shared_out_is_refused_at_once(batch_size, ranks, accumulation):
     with pytest.raises(ValueError, match="batch size"):
-        split_batches(100, batch_size, 0, ranks, accumulation)  # before a part is asked for
-    with pytest.raises(ValueError, match="batch size"):
-        loader_of(tiny(random_images(4)), batch_size, ranks=ranks, accumulation=accumulation)
+        Cut(batch_size, 0, ranks, accumulation)
 
 
 def test_an_unknown_augmentation_is_refused():
@@ -185,18 +185,6 @@ def test_a_repeated_image_is_cropped_anew():
     assert not torch.equal(images[0], images[1]) and not torch.equal(images[0], images[3])
 
 
-def test_resizing_is_torchvision_s_and_leaves_images_of_that_side_alone():
-    from torchvision.transforms.v2 import functional as tv
-    images = torch.randn(3, 3, 12, 12).contiguous(memory_format=torch.channels_last)
-    for side in (5, 24, 17):
-        out = resize(images, side)
-        assert torch.allclose(out, tv.resize(images, [side, side], antialias=True), atol=1e-5)
-        assert out.shape == (3, 3, side, side) and out.is_contiguous(memory_format=torch.channels_last)
-    assert resize(images, 12) is images
-    stripes = torch.tensor([-1.0, 1.0]).repeat(12).expand(1, 1, 24, 24)  # would alias to one of its colours
-    assert resize(stripes, 6).abs().max() < 0.3
-
-
 # ---------------------------------------------------------------- the same images for any ranks, any resume
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
@@ -234,30 +222,6 @@ def test_an_epoch_is_the_same_after_a_resume(augmentation):
 
 
 # ---------------------------------------------------------------- colour jitter, greyscale, noise
-
-@pytest.mark.parametrize("strength", [1.0, 0.5, 1.5])
-def test_colour_jitter_is_torchvisions_image_by_image(strength):
-    from torchvision.transforms.v2 import functional as tv
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(60, 3, 5, 6, generator=generator)
-    images[:3] = torch.tensor([[0.0], [0.5], [1.0]])[:, None, None]  # black, grey, white: no hue to shift
-    uniforms = torch.rand(60, 6, generator=generator)
-    found = color_jitter_gray(images, uniforms, strength)
-    kinds = set()
-    for image, u, result in zip(images, uniforms.tolist(), found):
-        expected, jitters, greys = image, u[4] < 0.8, u[5] < 0.2
-        kinds.add((jitters, greys))
-        if jitters:
-            low, high = max(0, 1 - 0.8 * strength), 1 + 0.8 * strength
-            expected = tv.adjust_brightness(expected, low + u[0] * (high - low))
-            expected = tv.adjust_contrast(expected, low + u[1] * (high - low))
-            expected = tv.adjust_saturation(expected, low + u[2] * (high - low))
-            expected = tv.adjust_hue(expected, -0.2 * strength + u[3] * 0.4 * strength)
-        if greys:
-            expected = tv.rgb_to_grayscale(expected, num_output_channels=3)
-        torch.testing.assert_close(result, expected, rtol=0, atol=2e-5)
-    assert len(kinds) == 4  # all four cases were seen
-
 
 def test_augmented_images_are_jittered_8_in_10_and_grey_2_in_10():
     # One colour inside, so crops cannot change the middle; no channel nears 0 or 1, and noise is off
@@ -504,13 +468,13 @@ def test_workers_get_flat_arrays_and_no_list_of_paths(tmp_path):
     paths = np.array([f"/data/train/a class/image number {i:07d}.jpg".encode() for i in range(n)])
     split = ImageFiles(paths, np.arange(n) % 3)
     data = SimpleNamespace(mean=MEAN, std=STD, image_size=224, color_jitter=0.4)
-    loader = make_loader(split, data, 256, "cpu", "standard", workers=2)
+    loader = make_loader(split, data, Cut(256), "cpu", Augmentation("standard"), workers=2)
     flat = paths.nbytes + split.targets.nbytes
     # what a spawned worker would get; a forked one shares it, as no object in it is counted by reference
     assert flat <= len(pickle.dumps(loader.loader.dataset)) < flat + 224 * 224 * 3 + 20000
     assert paths.dtype.kind == "S" and loader.loader.dataset.split.paths is paths
     # an epoch's index list reaches them chunk by chunk
-    loader.sampler.indices, loader.sampler.parts = np.arange(n), list(split_batches(n, 256))
+    loader.sampler.indices, loader.sampler.parts = np.arange(n), list(split_batches(n, Cut(256)))
     assert len(pickle.dumps(loader.sampler.parts)) < 20000
     assert max(len(pickle.dumps(chunk)) for chunk in loader.sampler) < 1000
     assert sum(map(len, loader.sampler)) == n and len(loader.sampler) == math.ceil(n / 256) * 16 - 14
@@ -552,9 +516,9 @@ def test_the_next_epoch_s_first_batch_comes_within_a_second(tmp_path):
 
 def test_a_process_ends_while_workers_wait(tmp_path):
     write_folder(tmp_path, random_images(4, side=70))
-    code = ("from common.data import load\nfrom common.loader import make_loader\n"
+    code = ("from common.data import load\nfrom common.loader import Augmentation, Cut, make_loader\n"
             f"data = load('folder', {str(tmp_path)!r})\n"
-            "loaders = [make_loader(data.train, data, 2, 'cpu', augmentation, workers=1)"
+            "loaders = [make_loader(data.train, data, Cut(2), 'cpu', Augmentation(augmentation), workers=1)"
             " for augmentation in ('standard', 'none')]\n"
             "iterators = [loader.batches(range(4)) for loader in loaders]\n"
             "print([len(next(batches).images) for batches in iterators])\n")
@@ -576,132 +540,6 @@ def test_a_batch_of_bad_images_alone_counts_nothing(tmp_path, workers):
 
 
 # ---------------------------------------------------------------- resized crops, RandAugment, erasing, mixing
-
-def same_distribution(ours, theirs):
-    """The two-sample Kolmogorov-Smirnov distance stays below its value at p = .001."""
-    ours, theirs = np.sort(ours), np.sort(theirs)
-    points = np.concatenate([ours, theirs])
-    distance = np.abs(np.searchsorted(ours, points, "right") / len(ours)
-                      - np.searchsorted(theirs, points, "right") / len(theirs)).max()
-    return distance < 1.95 * math.sqrt(1 / len(ours) + 1 / len(theirs))
-
-
-@pytest.mark.parametrize("side, area, whole", [(32, (0.2, 1.0), True), (32, (0.9, 1.0), True),
-                                               (32, (0.02, 0.33), False), (8, (0.6, 0.9), False)])
-def test_boxes_are_drawn_as_torchvision_draws_them(side, area, whole):
-    from torchvision.transforms import v2
-    torch.manual_seed(0)
-    image = torch.zeros(3, side, side)
-    n = 2000
-    if whole:
-        drawn = [v2.RandomResizedCrop(side, area).make_params([image]) for _ in range(n)]
-        theirs = np.array([[d["top"], d["left"], d["height"], d["width"]] for d in drawn])
-        boxes = random_box(torch.rand(n, 22), side, area, (3 / 4, 4 / 3), True)
-    else:
-        drawn = [v2.RandomErasing(1.0, area, value="random").make_params([image]) for _ in range(n)]
-        drawn = [d if d["v"] is not None else dict(i=0, j=0, h=0, w=0) for d in drawn]
-        theirs = np.array([[d["i"], d["j"], d["h"], d["w"]] for d in drawn])
-        boxes = random_box(torch.rand(n, 22), side, area, (1 / 3.3, 1 / 0.3), False)
-    ours = torch.cat(boxes, 1).double().numpy()
-    assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= side).all()
-    assert (ours == ours.round()).all()
-    for column in range(2, 4):
-        assert same_distribution(ours[:, column], theirs[:, column]), column
-        inside = theirs[:, column] > 0
-        assert same_distribution((ours[:, column - 2] / (side - ours[:, column] + 1))[ours[:, column] > 0],
-                                 (theirs[:, column - 2] / (side - theirs[:, column] + 1))[inside])
-    assert same_distribution(ours[:, 3] / ours[:, 2].clip(1), theirs[:, 3] / theirs[:, 2].clip(1))
-
-
-def test_a_resized_crop_is_torch_s_interpolation_of_the_box():
-    images = torch.from_numpy(random_images(30, side=32))
-    uniforms = torch.rand(30, 23, generator=torch.Generator().manual_seed(0))
-    ours = random_resized_crop_flip(images, uniforms, 24)
-    assert ours.dtype == torch.uint8 and ours.shape == (30, 3, 24, 24)
-    flips = 0
-    for n in range(30):
-        top, left, height, width = (int(x[n]) for x in random_box(
-            uniforms[:, :22], 32, (0.2, 1.0), (3 / 4, 4 / 3), True))
-        crop = images[n, top:top + height, left:left + width].permute(2, 0, 1)[None].float()
-        expected = torch.nn.functional.interpolate(crop, (24, 24), mode="bicubic", align_corners=False)
-        expected = expected.round().clamp(0, 255)[0]
-        flipped = uniforms[n, 22] >= 0.5
-        flips += flipped
-        expected = expected.flip(2) if flipped else expected
-        inner = (slice(None), slice(3, -3), slice(3, -3))  # at the border ours sees what lies behind it
-        assert (ours[n].float() - expected)[inner].abs().max() <= 1
-    assert 5 < flips < 25
-    whole = torch.zeros(30, 23)
-    whole[:, :10], whole[:, 10:20] = 1.0, 0.5  # all of the area, aspect 1
-    assert torch.equal(random_resized_crop_flip(images, whole, 32), images.permute(0, 3, 1, 2))
-
-
-@pytest.mark.parametrize("strength", [9, 27])
-def test_rand_augment_s_operations_are_torchvision_s(strength):
-    from torchvision.transforms import v2
-    images = torch.from_numpy(random_images(4, side=32)).permute(0, 3, 1, 2).contiguous()
-    images[:2] = (images[:2].float() / 3 + 60).to(torch.uint8)  # less contrast, for what stretches it
-    space = v2.RandAugment(1, strength)._AUGMENTATION_SPACE
-    assert len(space) == 14
-    for number, name in enumerate(space):
-        alone = v2.RandAugment(1, strength)
-        alone._AUGMENTATION_SPACE = {name: space[name]}
-        for image in images:
-            expected = {tuple(alone(image).flatten().tolist()) for _ in range(16)}  # of either sign
-            uniforms = torch.tensor([[(number + 0.5) / 14, sign] for sign in (0.25, 0.75)])
-            ours = {tuple(drawn.flatten().tolist())
-                    for drawn in rand_augment(image[None].expand(2, -1, -1, -1), uniforms, strength)}
-            assert len(ours) == len(expected), name
-            for a in ours:  # rounding may move a pixel of a rotation that lies on an edge
-                unlike = min((np.array(a) != np.array(b)).mean() for b in expected)
-                assert unlike < (0.01 if number in (1, 2, 5) else 1e-9), name
-
-
-def test_rand_augment_gives_every_image_its_own_operations_in_turn():
-    images = torch.from_numpy(random_images(200, side=16)).permute(0, 3, 1, 2)
-    uniforms = torch.rand(200, 4, generator=torch.Generator().manual_seed(0))
-    together, before = rand_augment(images, uniforms), images.clone()
-    for n in range(200):
-        first = rand_augment(images[n:n + 1], uniforms[n:n + 1, :2])
-        assert torch.equal(together[n:n + 1], rand_augment(first, uniforms[n:n + 1, 2:])), n
-    assert torch.equal(images, before)
-    assert len({int(14 * u) for u in uniforms[:, ::2].flatten().tolist()}) == 14
-
-
-def test_random_erasing_puts_noise_into_one_box_of_some_images():
-    n, side = 2000, 16
-    generator = torch.Generator().manual_seed(0)
-    images, normals = torch.full((n, 3, side, side), 7.0), torch.randn(n, 3, side, side, generator=generator)
-    out = random_erasing(images, torch.rand(n, 23, generator=generator), normals, 0.25)
-    erased = (out != 7).all(1)
-    assert torch.equal(torch.where(erased[:, None], normals, images), out)
-    some = erased.flatten(1).any(1)
-    assert some.float().mean().item() == pytest.approx(0.25, abs=5 * math.sqrt(0.25 * 0.75 / n))
-    for box in erased[some][:50]:
-        rows, columns = box.any(1), box.any(0)
-        assert box.sum() == rows.sum() * columns.sum()  # a rectangle
-        assert rows.sum() == rows.nonzero().max() - rows.nonzero().min() + 1
-    share = erased[some].float().mean((1, 2))
-    assert 0.01 < share.min() and share.max() < 0.36 and 0.13 < share.mean() < 0.22
-
-
-def test_mixing_mixes_images_and_targets_alike():
-    torch.manual_seed(0)
-    images = torch.eye(4)[:, :3, None, None].expand(4, 3, 8, 8).contiguous()  # image i: channel i is 1
-    targets, kinds = torch.tensor([2, 0, 1, 4]), set()
-    for _ in range(60):
-        mixed, soft = mixup_cutmix(5)(images, targets)
-        assert soft.shape == (4, 5) and torch.allclose(soft.sum(1), torch.ones(4))
-        share = mixed.mean((2, 3))  # of each image in each mixture, by pixels
-        for i in range(3):
-            assert share[i, i] == pytest.approx(soft[i, targets[i]].item(), abs=1e-5)
-        kinds.add(bool(((mixed == 0) | (mixed == 1)).all()))
-    assert kinds == {True, False}  # CutMix, and Mixup
-    same, hard = mixup_cutmix(5, 0, 0)(images, targets)
-    assert torch.equal(same, images) and torch.equal(hard, torch.eye(5)[targets])
-    assert all(((m := mixup_cutmix(5, 0, 1)(images, targets)[0]) == 0).logical_or(m == 1).all()
-               for _ in range(20))
-
 
 @pytest.mark.parametrize("augmentation", ["resized", "strong"])
 def test_strong_batches_do_not_change_with_ranks_and_parts(augmentation):

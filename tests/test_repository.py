@@ -61,7 +61,8 @@ def test_rooms_do_not_import_methods_and_are_leaves():
         tops = {module.split(".")[0] for module in modules}
         assert not tops & {"cbd", "async_lt", "livt", "candle"}, path
         if path.parent.name == "common":
-            allowed = {"loader": {"common.data"}, "builders": {"common.files", "common.longtail"},
+            allowed = {"loader": {"common", "common.augment", "common.files", "common.longtail"},
+                       "builders": {"common.files", "common.longtail"},
                        "pretrained": {"common.resnet", "common.vit"},
                        "data": {"common.builders", "common.files", "common.longtail"}}.get(path.stem, set())
             assert {m for m in modules if m.startswith("common")} <= allowed, path

@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from common import runtime
 from common.data import FASHION_ORDER, load, long_tail_counts, long_tail_indices
-from common.loader import CROP_PADDING, normalise, random_crop_flip
+from common.augment import normalise, random_crop_flip
+from common.loader import CROP_PADDING
 from common.resnet import CIFAR_DEPTHS, build_backbone
 
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
@@ -98,7 +99,7 @@ def pretrain(images, test_images, mean, std, arch="resnet14", epochs=5, batch_si
     optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, weight_decay=5e-4)
     side, steps = images.shape[1], len(images) // batch_size
     padded = F.pad(torch.from_numpy(images).to(device), (0, 0, *[CROP_PADDING] * 4))
-    test_images = torch.from_numpy(test_images).to(device)
+    test_images = torch.from_numpy(test_images).permute(0, 3, 1, 2).to(device)
     mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
     for epoch in range(epochs):
         generator = runtime.generator(seed, "pretrain", epoch)
