@@ -12,8 +12,8 @@ to the width of all teachers' features together. All classifiers are cosine ones
 Expect (last epoch, all classes, 5 seeds, results/cbd.md) on the embedded images: teacher 71.6 +- .6,
 class-balanced sampling 77.8 +- .5, CBD 78.7 +- .3.
 
-A line that departs from the paper, or had to choose, says so behind `paper:`; [G] is the authors' code,
-google-research/class_balanced_distillation. Pixels (not described; [G]: in [0, 1]) are minus mean, over std.
+Departures stand behind `paper:`; [G] is the authors' code, google-research/class_balanced_distillation.
+Pixels (not described; [G]: in [0, 1]) are minus mean, over std.
 """
 import copy
 import math
@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.evaluate import nearest_class_mean, scores
-from common.flags import Parser, count, fraction, number, positive, text
+from common.flags import BOOLEAN, Parser, count, fraction, number, positive, text
 from common.folder import load_net
 from common.ranks import bad_input
 from common.resnet import ARCHS, CosineClassifier, build_backbone
@@ -32,8 +32,8 @@ from common.run import Run
 # ---------------------------------------------------------------- recipes
 
 SMALL = dict(  # ours: LDAM-DRW's net, batch, epochs and lr. paper: nothing smaller than ImageNet-LT
-    arch="resnet32", epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, evaluate_every=5,
-    quick=dict(epochs=30))
+    arch="resnet32", epochs=200, batch_size=128, lr=0.1, evaluate_every=5, quick=dict(epochs=30),
+    weight_decay=5e-4)  # MiSLAS's README; its configs and LDAM-DRW: 2e-4
 LARGE = dict(  # section 4.1, appendix A.2; [G]: lr .05 at batch 128
     arch="resnet50", epochs=200, batch_size=256, lr=0.2, evaluate_every=1, quick=dict(epochs=30),
     weight_decay=1e-4)  # paper: not given; [G]: half of 5e-4 (iNaturalist 2e-4), on batch norm's too
@@ -46,6 +46,7 @@ RECIPES = {
     "inat17": LARGE,  # weight decay: ours, iNat18's
 }
 DISTILLING, FROM_TEACHER = ("cbd", "kd", "hybrid"), ("finetune", "crt")
+ALONE = ("class-balanced", "logit-adjusted")  # without a teacher
 
 
 def parse_args(argv=None):
@@ -54,22 +55,22 @@ def parse_args(argv=None):
     add("--arch", choices=ARCHS, help="backbone")
     add("--teachers", type=count, help="K (1 unless kinds or checkpoints say more)")
     add("--teacher-kinds", nargs="+", choices=["standard", "augmented"], help="one a teacher (Table 1)")
-    add("--teacher-checkpoints", type=text, nargs="+", metavar="FILE", help="trained teachers, instead of stage one")
+    add("--teacher-checkpoints", type=text, nargs="+", metavar="FILE", help="instead of stage one")
     add("--only-teacher", type=count, metavar="I", help="train the I-th teacher, from 1, and stop")
-    add("--second-stage", choices=[*DISTILLING, "class-balanced", *FROM_TEACHER], default="cbd",
-        help="Table 2's and Figure 2's rows")
+    add("--second-stage", choices=[*DISTILLING, *FROM_TEACHER, *ALONE], default="cbd",
+        help="Table 2's and Figure 2's rows; the last two need no teacher")
     add("--second-stage-epochs", type=count, help="(--epochs; finetune and crt: 10)")
     add("--second-stage-lr", type=number, help="(--lr; finetune: .01)")
     add("--student-augmentation", choices=["standard", "augmented"], default="standard", help="of stage two")
-    add("--student-sampling", choices=["class-balanced", "instance"],
-        help="(class-balanced; with --loss logit-adjusted instance)")
+    add("--student-sampling", choices=["class-balanced", "instance"], help="(see train_student)")
     add("--loss", choices=["ce", "logit-adjusted"], default="ce", help="second stage's classification loss")
+    add("--projection", choices=["linear", "relu"], help="h of Eq. (4) (with one teacher none, else relu)")
+    add("--pretrained", action=BOOLEAN, default=False, help="nets start from torchvision's ImageNet weights")
     add("--alpha", type=fraction, default=0.4, help="weight of the distillation, Eq. (2)")
     add("--beta", type=number, default=100.0, help="scale of the feature distillation, Eq. (2)")
-    add("--gamma", type=positive, default=20.0, help="scale of the cosine classifier")  # paper: open; [G]: 20
+    add("--gamma", type=positive, default=20.0, help="scale of the cosine classifier")  # [G]; paper: open
     add("--temperature", type=positive, default=2.0, help="T of kd and hybrid, Eq. (3)")
-    add("--noise", type=number, default=0.01, help="sigma of the augmented teacher's noise, pixels in [0, 1]")
-    # paper: noise of .01; [G]: none
+    add("--noise", type=number, default=0.01, help="sigma of the augmented kind's noise, in [0, 1]")  # [G]: 0
     return parser.parse_args(argv)
 
 
@@ -82,7 +83,7 @@ def instance_indices(targets, generator):
 
 def class_balanced_indices(targets, generator, length=None):
     """Every class equally likely, p_j = 1 / c (section 3.2); inside a class a shuffled cycle, so that no
-    image repeats before all of its class were drawn.
+    image repeats before all of its class were drawn. Each call (each epoch) begins new cycles.
 
     targets: class ids [n]. generator: a CPU torch.Generator. length: indices to draw (None: n).
     Returns int64 [length]. Raises ValueError.
@@ -140,39 +141,35 @@ def classifier_distillation_loss(logits, targets, teacher_logits, alpha=0.4, tem
     return (1 - alpha) * F.cross_entropy(logits.float(), targets) + alpha * temperature ** 2 * l_kd  # Eq. (3)
 
 
-def logit_adjusted(logits, log_prior, tau=1.0):
-    """z + tau log prior: cross-entropy on it is the logit-adjusted loss of Menon et al. (ICLR 2021), for
-    samples drawn from that prior. logits: [N, C]; log_prior: [C]. Returns [N, C]. Raises ValueError."""
-    if logits.shape[-1:] != log_prior.shape:
-        raise ValueError(f"log_prior {list(log_prior.shape)} does not fit logits {list(logits.shape)}")
-    return logits + tau * log_prior
-
-
-# ---------------------------------------------------------------- what the paper adds to a backbone
+# ---------------------------------------------------------------- nets and schedule
 
 class CBDNet(nn.Module):
     """Backbone f, projection h where there are several teachers, cosine classifier g_W.
 
-    forward: images [N, 3, H, W] -> (logits [N, C], features). features: v [N, D], or with project_to
-    relu(h(v)) [N, project_to], the width of all teachers' features together; the classifier sees these.
+    project_to: width of all teachers' features together, or None: no h. projection: "relu" for relu(h(v)),
+    "linear" for h(v). forward: images [N, 3, H, W] -> (logits [N, C], features: v [N, D], or
+    [N, project_to]); the classifier sees these features.
     """
 
-    def __init__(self, arch, num_classes, gamma=20.0, project_to=None, image_size=32):
+    def __init__(self, arch, num_classes, gamma=20.0, project_to=None, image_size=32, projection="relu",
+                 pretrained=False):
         super().__init__()
         self.settings = dict(arch=arch, num_classes=num_classes, gamma=gamma, project_to=project_to,
-                             image_size=image_size)
-        self.backbone = build_backbone(arch, image_size)
+                             image_size=image_size, projection=projection)
+        self.backbone = build_backbone(arch, image_size, pretrained=pretrained)
         self.feature_dim = project_to or self.backbone.feature_dim
-        self.h = nn.Linear(self.backbone.feature_dim, project_to) if project_to else None
-        if self.h is not None:  # [G]: Keras's default
+
+        self.h = nn.Linear(self.backbone.feature_dim, project_to) if project_to else nn.Identity()
+        if project_to:  # [G]: Keras's default
             nn.init.xavier_uniform_(self.h.weight)
             nn.init.zeros_(self.h.bias)
+        # paper: the classifier stands on h(v) / here: on relu(h(v)), as in [G], because the teachers'
+        # features are not negative either; --projection linear is the paper's
+        self.rectify = nn.ReLU() if projection == "relu" else nn.Identity()
         self.classifier = CosineClassifier(self.feature_dim, num_classes, gamma)
 
     def forward(self, images):
-        features = self.backbone(images)
-        if self.h is not None:  # paper: the classifier stands on h(v) / here: on relu(h(v)), as in [G],
-            features = F.relu(self.h(features))  # because the teachers' features are not negative either
+        features = self.rectify(self.h(self.backbone(images)))
         return self.classifier(features), features
 
 
@@ -189,7 +186,8 @@ class Teachers(nn.ModuleList):
 def new_net(run, name, project_to=None):
     """A net whose first weights follow from --seed and its name."""
     torch.manual_seed(run.seed(name, "initialisation"))
-    return CBDNet(run.args.arch, run.data.num_classes, run.args.gamma, project_to, run.data.image_size)
+    return CBDNet(run.args.arch, run.data.num_classes, run.args.gamma, project_to, run.data.image_size,
+                  run.args.projection or "relu", run.args.pretrained)
 
 
 def load_model(path, class_names=None, arch=None):
@@ -198,8 +196,6 @@ def load_model(path, class_names=None, arch=None):
     ValueError."""
     return load_net(path, "cbd", [CBDNet], class_names, arch)
 
-
-# ---------------------------------------------------------------- schedule
 
 def cosine_lr(progress, lr):
     """Half a cosine from lr to 0, without warm-up. progress: a fraction of the epochs, in [0, 1]."""
@@ -212,11 +208,14 @@ def train_teacher(run, name, file, kind):
     """Instance sampling and cross-entropy, Eq. (1). kind: standard (crop, flip), or augmented: colour jitter
     (paper: of no given strength / here: SimCLR's, with greyscale, as in [G]) and noise, too."""
     args, model = run.args, run.place(new_net(run, name))
-    forward, optimizer = run.compiled(model), sgd(run, model, args.lr)
+    forward = run.compiled(model)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay,
+                                fused=run.device.type == "cuda")
 
     for epoch in run.epochs(name, file, model, optimizer, args.epochs, augmentation=kind):
         model.train()
         indices = instance_indices(run.targets, epoch.generator)
+
         for images, targets, share, ends_step in epoch.batches(indices):
             with run.autocast():  # paper: precision not given / here: bf16 where the device computes it
                 logits, _ = forward(images)
@@ -225,19 +224,13 @@ def train_teacher(run, name, file, kind):
             epoch.track(loss=loss)
             if ends_step:
                 run.sum_gradients(model)
-                for group in optimizer.param_groups:
-                    group["lr"] = cosine_lr(epoch.progress, args.lr)
+                optimizer.param_groups[0]["lr"] = cosine_lr(epoch.progress, args.lr)
                 optimizer.step()
                 optimizer.zero_grad()
+
         if epoch.is_scored:
             epoch.log(**run.scores(model))
     return model
-
-
-def sgd(run, model, lr):
-    """The optimiser of both stages."""
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr, momentum=0.9,
-                           weight_decay=run.args.weight_decay, fused=run.device.type == "cuda")
 
 
 # ---------------------------------------------------------------- stage two: student, or a baseline
@@ -246,6 +239,7 @@ def objective(args, images, targets, logits, features, teachers):
     """Table 2's and Figure 2's rows: what --second-stage minimises on a batch. Returns a scalar."""
     if args.second_stage not in DISTILLING:
         return F.cross_entropy(logits, targets)
+
     teacher_logits, teacher_features = teachers(images)
     if args.second_stage == "cbd":
         return cbd_loss(logits, targets, features, teacher_features, args.alpha, args.beta)
@@ -255,53 +249,69 @@ def objective(args, images, targets, logits, features, teachers):
     return loss
 
 
+def second_net(run, teachers):
+    """A student from scratch; or the first teacher, all of which learns (finetune), or a new classifier."""
+    args = run.args
+    if args.second_stage in FROM_TEACHER:
+        model = copy.deepcopy(teachers[0]).requires_grad_(args.second_stage == "finetune")
+        if args.second_stage == "crt":
+            torch.manual_seed(run.seed("crt", "initialisation"))
+            model.classifier = CosineClassifier(model.feature_dim, run.data.num_classes, args.gamma)
+        return model
+
+    projects = args.second_stage in ("cbd", "hybrid") and (len(teachers) > 1 or args.projection)
+    return new_net(run, "student", sum(t.feature_dim for t in teachers) if projects else None)
+
+
+def second_name(args, kinds, sampling):
+    """The stage's name. It is a key of seeds: another name trains another net."""
+    name = args.second_stage
+    if name in DISTILLING:
+        name += f", K={len(kinds)}" + ("" if kinds == default_kinds(len(kinds)) else " of " + " ".join(kinds))
+    name += f" of {kinds[0]}" * (args.second_stage in FROM_TEACHER)
+    name += f", h {args.projection}" * (args.projection is not None)
+    name += ", logit-adjusted" * (args.loss == "logit-adjusted") + ", instance" * (sampling == "instance")
+    return name + ", augmented" * (args.student_augmentation == "augmented")
+
+
 def train_student(run, teachers, kinds):
     """Class-balanced sampling and distillation from the teachers. Returns the stage's name and the net."""
-    args, second, adjusted = run.args, run.args.second_stage, run.args.loss == "logit-adjusted"
+    args = run.args
+    adjusted = "logit-adjusted" in (args.loss, args.second_stage)
     log_prior = (run.class_counts / len(run.targets)).log().to(run.device)
+
     # paper: the loss is "replaced by" logit adjustment / here: it then samples by instance, as the log prior
     # must be that of the samples; kd and hybrid distil the adjusted logits, as the teachers' hold it too
     sampling = args.student_sampling or ("instance" if adjusted else "class-balanced")
     sample = class_balanced_indices if sampling == "class-balanced" else instance_indices
     # paper: crt's epochs and lr not given / here: 10 as classifier-balancing@f162ade, at stage one's lr
-    epochs = args.second_stage_epochs or (10 if second in FROM_TEACHER else args.epochs)
-    lr = 0.01 if second == "finetune" else args.lr  # footnote 2; here with the cosine schedule, too
+    epochs = args.second_stage_epochs or (10 if args.second_stage in FROM_TEACHER else args.epochs)
+    lr = 0.01 if args.second_stage == "finetune" else args.lr  # footnote 2; here with the cosine, too
     lr = lr if args.second_stage_lr is None else args.second_stage_lr
 
-    if second in FROM_TEACHER:  # the first teacher goes on: all of it, or a new classifier on what is frozen
-        model = copy.deepcopy(teachers[0]).requires_grad_(second == "finetune")
-        if second == "crt":
-            torch.manual_seed(run.seed("crt", "initialisation"))
-            model.classifier = CosineClassifier(model.feature_dim, run.data.num_classes, args.gamma)
-    else:
-        several = second in ("cbd", "hybrid") and len(teachers) > 1
-        model = new_net(run, "student", sum(t.feature_dim for t in teachers) if several else None)
-    model = run.place(model)
-    forward, optimizer = run.compiled(model), sgd(run, model, lr)
-
-    name = f"{second} of {kinds[0]}" if second in FROM_TEACHER else second
-    if second in DISTILLING:
-        name += f", K={len(kinds)}" + ("" if kinds == default_kinds(len(kinds)) else " of " + " ".join(kinds))
-    name += ", logit-adjusted" * adjusted + ", instance" * (sampling == "instance")
-    name += ", augmented" * (args.student_augmentation == "augmented")
+    name, model = second_name(args, kinds, sampling), run.place(second_net(run, teachers))
+    forward = run.compiled(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=args.weight_decay,
+                                fused=run.device.type == "cuda")
 
     for epoch in run.epochs(name, "student.pt", model, optimizer, epochs, args.student_augmentation):
         for part in model.children():  # batch norm of a frozen part keeps its statistics
             part.train(any(p.requires_grad for p in part.parameters()))
         indices = sample(run.targets, epoch.generator)
+
         for images, targets, share, ends_step in epoch.batches(indices):
             with run.autocast():
                 logits, features = forward(images)
-                logits = logit_adjusted(logits, log_prior) if adjusted else logits
-                loss = share * objective(args, images, targets, logits, features, teachers)
+                logits = logits + log_prior if adjusted else logits  # Menon et al. (ICLR 2021)
+                loss = share * objective(args, images, targets, logits, features, teachers)  # Eq. (2), (4)
             loss.backward()
             epoch.track(loss=loss)
             if ends_step:
                 run.sum_gradients(model)
-                for group in optimizer.param_groups:
-                    group["lr"] = cosine_lr(epoch.progress, lr)
+                optimizer.param_groups[0]["lr"] = cosine_lr(epoch.progress, lr)
                 optimizer.step()
                 optimizer.zero_grad()
+
         if epoch.is_scored:
             epoch.log(**run.scores(model))
     return name, model
@@ -319,28 +329,28 @@ def assess(run, model):
 
 
 def default_kinds(num_teachers):
-    """Standard and augmented in turn, an odd last one augmented: Table 1's best rows."""
-    kinds = [("standard", "augmented")[i % 2] for i in range(num_teachers)]
-    return kinds if num_teachers == 1 or num_teachers % 2 == 0 else [*kinds[:-1], "augmented"]
+    """Standard and augmented in turn, an odd last one augmented: Table 1's best rows for K of 2 to 5.
+    paper: for K = 1 the augmented one is better / here: standard, as Table 2's CBD."""
+    return ["augmented" if i % 2 or i == num_teachers - 1 > 0 else "standard" for i in range(num_teachers)]
 
 
 def teacher_kinds(args):
-    """The K teachers' kinds, as named or by default. Raises ValueError where flags contradict one another."""
-    counts = {len(given) for given in (args.teacher_kinds, args.teacher_checkpoints) if given}
-    counts |= set() if args.teachers is None else {args.teachers}
-    if len(counts) > 1:
-        raise ValueError("--teachers, --teacher-kinds and --teacher-checkpoints must agree on K")
-    K, only = counts.pop() if counts else 1, args.only_teacher
-    if only is not None and (args.teacher_checkpoints or only > K):
-        raise ValueError(f"--only-teacher trains one of the {K} teachers, counted from 1 and without "
-                         f"--teacher-checkpoints; got {only}")
-    return args.teacher_kinds or default_kinds(K)
+    """The K teachers' kinds, as named or by default; [] where the second stage needs none. Raises ValueError
+    where flags contradict one another."""
+    given, only = args.teacher_kinds or args.teacher_checkpoints or [], args.only_teacher
+    K = args.teachers or len(given) or 1
+    if args.teacher_kinds and args.teacher_checkpoints or given and len(given) != K:
+        raise ValueError("--teachers, --teacher-kinds and --teacher-checkpoints contradict one another")
+    if only and (args.teacher_checkpoints or only > K):
+        raise ValueError(f"--only-teacher trains one of the {K} teachers, from 1, and takes no checkpoints")
+    if args.second_stage in ALONE and not only and (args.teachers or given):
+        raise ValueError(f"--second-stage {args.second_stage} has no teacher; leave out flags about them")
+    return [] if args.second_stage in ALONE and not only else args.teacher_kinds or default_kinds(K)
 
 
 def main(args):
     with bad_input():  # whatever is wrong is found before anything is written
-        kinds, paths = teacher_kinds(args), args.teacher_checkpoints or []
-        run = Run("cbd", args)
+        kinds, paths, run = teacher_kinds(args), args.teacher_checkpoints or [], Run("cbd", args)
         run.data.color_jitter = 0.0  # "standard" is crop and flip alone, as in [G]
         if args.evaluate:
             return run.evaluate(load_model, assess)
