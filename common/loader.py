@@ -144,6 +144,8 @@ def mix_seed(*numbers):
 class ResidentLoader:
     """Batches from a decoded split that lies on the device as uint8, without worker processes. Images of
     another side than the data set's `image_size` are resized to it."""
+    bad_images = bad_indices = frozenset()  # decoded long ago
+    batch_size = property(lambda self: self.cut.batch_size)
 
     def __init__(self, split, data, cut, device, augmentation):
         images = torch.from_numpy(split.images).to(device)
@@ -311,6 +313,7 @@ class StreamedLoader:
     cannot be decoded raises UnreadableImage with its path; with skip_bad it is left out of its batch, and
     `.bad_images` collects what was wrong with it, `.bad_indices` which images these are.
     """
+    batch_size = property(lambda self: self.cut.batch_size)
 
     def __init__(self, split, data, cut, device, augmentation, workers, skip_bad):
         size = data.image_size
