@@ -268,7 +268,7 @@ def second_name(args, kinds, sampling):
     name = args.second_stage
     if name in DISTILLING:
         name += f", K={len(kinds)}" + ("" if kinds == default_kinds(len(kinds)) else " of " + " ".join(kinds))
-    name += f" of {kinds[0]}" * (args.second_stage in FROM_TEACHER)
+    name += f" of {kinds[0]}" if args.second_stage in FROM_TEACHER else ""
     name += f", h {args.projection}" * (args.projection is not None)
     name += ", logit-adjusted" * (args.loss == "logit-adjusted") + ", instance" * (sampling == "instance")
     return name + ", augmented" * (args.student_augmentation == "augmented")
