@@ -53,6 +53,7 @@ class _BinaryWeight(torch.autograd.Function):
     def forward(ctx, weight):
         size = weight.abs()
         ctx.save_for_backward(size <= 1)
+
         scale = size.mean((1, 2, 3), keepdim=True)
         return torch.copysign(scale, weight + 0.0)  # -0.0 + 0.0 = +0.0; torch.where takes 20 times as long
 
@@ -117,10 +118,12 @@ class _BlockA(nn.Module):
     def __init__(self, in_channels, channels, stride, binarize):
         super().__init__()
         self.stride = stride
+
         self.sign1 = RSign(in_channels, binarize)
         self.conv1 = BinaryConv2d(in_channels, in_channels, 3, stride, 1, binarize)
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.act1 = RPReLU(in_channels)
+
         self.sign2 = RSign(in_channels, binarize)
         halves = channels // in_channels  # 1 or 2
         self.conv2 = nn.ModuleList(BinaryConv2d(in_channels, in_channels, 1, 1, 0, binarize)
@@ -131,6 +134,7 @@ class _BlockA(nn.Module):
     def forward(self, x):
         u = self.bn1(self.conv1(self.sign1(x))) + (_shrink(x) if self.stride == 2 else x)
         u = self.act1(u)
+
         v = self.sign2(u)
         parts = [bn(conv(v)) + u for conv, bn in zip(self.conv2, self.bn2)]
         return self.act2(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
@@ -178,9 +182,11 @@ class ReActNetA(_ReActNet):
         c = _base_channels(32, width)
         self.stem = nn.Sequential(nn.Conv2d(3, c, 3, 1 if image_size <= 64 else 2, 1, bias=False),
                                   nn.BatchNorm2d(c))
+
         plan = [(1, 2, 1), (2, 4, 2), (4, 4, 1), (4, 8, 2), (8, 8, 1), (8, 16, 2), *[(16, 16, 1)] * 5,
                 (16, 32, 2), (32, 32, 1)]  # channels in and out, in units of c; stride
         self.blocks = nn.Sequential(*(_BlockA(i * c, o * c, stride, binarize) for i, o, stride in plan))
+
         self.feature_dim = 32 * c
         self.classifier = nn.Linear(self.feature_dim, num_classes)
 
@@ -195,9 +201,12 @@ class ReActNet18(_ReActNet):
     def __init__(self, num_classes=1000, width=1.0, image_size=224, binarize=True):
         super().__init__()
         c = _base_channels(64, width)
-        self.stem = nn.Sequential(nn.Conv2d(3, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c)) \
-            if image_size <= 64 else nn.Sequential(nn.Conv2d(3, c, 7, 2, 3, bias=False), nn.BatchNorm2d(c),
-                                                   nn.MaxPool2d(3, 2, 1))
+        if image_size <= 64:
+            self.stem = nn.Sequential(nn.Conv2d(3, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c))
+        else:
+            self.stem = nn.Sequential(nn.Conv2d(3, c, 7, 2, 3, bias=False), nn.BatchNorm2d(c),
+                                      nn.MaxPool2d(3, 2, 1))
+
         blocks, in_channels = [], c
         for channels in (c, 2 * c, 4 * c, 8 * c):
             for _ in range(4):
@@ -205,6 +214,7 @@ class ReActNet18(_ReActNet):
                 blocks.append(_Block18(in_channels, channels, stride, binarize))
                 in_channels = channels
         self.blocks = nn.Sequential(*blocks)
+
         self.feature_dim = 8 * c
         self.classifier = nn.Linear(self.feature_dim, num_classes)
 
@@ -233,6 +243,7 @@ def count_operations(net, image_size):
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             hooks.append(module.register_forward_hook(count))
+
     was_training = net.training
     try:
         net.eval()(torch.zeros(1, 3, image_size, image_size, device=next(net.parameters()).device))
@@ -240,6 +251,7 @@ def count_operations(net, image_size):
         net.train(was_training)
         for hook in hooks:
             hook.remove()
+
     return {**counts, "ops": counts["flops"] + counts["bops"] / 64}
 
 
@@ -256,8 +268,10 @@ def pack(net):
             bits = np.packbits((weight >= 0).flatten().cpu().numpy())
             binary[f"{name}.weight"] = {"bits": torch.from_numpy(bits), "shape": list(weight.shape),
                                         "scale": weight[:, 0, 0, 0].abs().cpu()}
+
     if not binary:
         raise ValueError("the net has no binary weights to pack")
+
     real = {name: value.cpu() for name, value in net.state_dict().items() if name not in binary}
     return {"binary": binary, "real": real}
 
@@ -266,6 +280,7 @@ def unpack(packed):
     """A state dict from what `pack` returned, for the net with binarize="activations": its convolutions hold
     exactly the weights that the packed net computed with, so its logits are the same."""
     state = dict(packed["real"])
+
     for name, entry in packed["binary"].items():
         shape, scale = entry["shape"], entry["scale"].view(-1, 1, 1, 1)
         bits = np.unpackbits(entry["bits"].numpy(), count=int(np.prod(shape)))

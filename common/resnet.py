@@ -53,6 +53,7 @@ class CifarResNet(nn.Module):
             raise ValueError(f"a CIFAR ResNet has depth 6n + 2 (14, 20, 32, ...), got {depth}")
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
+
         blocks, in_channels = [], 16
         for channels in (16, 32, 64):
             for i in range((depth - 2) // 6):
@@ -60,6 +61,7 @@ class CifarResNet(nn.Module):
                 in_channels = channels
         blocks[-1].last_relu = last_relu
         self.blocks = nn.Sequential(*blocks)
+
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
@@ -159,12 +161,15 @@ def _torchvision_resnet(arch, image_size, last_relu, pretrained):
         net = tv.ResNet(tv.BasicBlock, [1, 1, 1, 1], zero_init_residual=True)
     else:
         net = getattr(tv, arch)(weights=None, zero_init_residual=True)
+
     if image_size <= 64:  # the usual stem for small images: the 7x7 one would leave a 1x1 map of 32 pixels
         net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
+
     if pretrained:
         load_weights(net, pretrained, arch)
+
     net.feature_dim = net.fc.in_features
     net.fc = nn.Identity()
     if not last_relu:
@@ -249,6 +254,7 @@ def build_encoder(arch, state=None):
             raise ValueError(f"unknown encoder {arch!r}; known: {', '.join(CIFAR_DEPTHS)}, and torchvision's "
                              f"{', '.join(FAMILIES)}")
         net = get_model(arch, weights=None)
+
     if state == "ImageNet-1K":
         if arch in CIFAR_DEPTHS:
             raise ValueError(f"there are no ImageNet weights for {arch}; name --teacher-weights FILE")
@@ -260,6 +266,7 @@ def build_encoder(arch, state=None):
         encoder = nn.Sequential(net.conv1, net.bn1, nn.ReLU(), net.blocks)
     else:  # without pooling and classifier
         encoder = net.features if hasattr(net, "features") else nn.Sequential(*list(net.children())[:-2])
+
     encoder = fold_batch_norm(encoder)
     with torch.no_grad():
         shape = encoder(torch.zeros(1, 3, 224, 224)).shape

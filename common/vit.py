@@ -23,6 +23,7 @@ def patchify(images, patch_size):
     must be multiples of p."""
     n, c, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
+
     patches = images.permute(0, 2, 3, 1).reshape(n, rows, patch_size, columns, patch_size, c)
     return patches.transpose(2, 3).reshape(n, rows * columns, patch_size * patch_size * c)
 
@@ -31,6 +32,7 @@ def unpatchify(patches, patch_size):
     """The inverse of `patchify` for square images: [N, L, 3 p p] -> [N, 3, H, H]."""
     n, length, values = patches.shape
     side = math.isqrt(length)
+
     images = patches.reshape(n, side, side, patch_size, patch_size, values // patch_size ** 2)
     return images.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, side * patch_size, side * patch_size)
 
@@ -43,9 +45,11 @@ def sincos_positions(width, side):
     """
     if width % 4:
         raise ValueError(f"sin-cos positions need a width that is a multiple of 4, got {width}")
+
     frequencies = 10000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], 1)  # [side, width / 2]
+
     grid = torch.cat([axis[None].expand(side, -1, -1), axis[:, None].expand(-1, side, -1)], 2)
     return torch.cat([torch.zeros(1, width), grid.flatten(0, 1).float()])[None]
 
@@ -56,6 +60,7 @@ def resize_positions(positions, length):
     old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(length)
     if old == new:
         return positions
+
     grid = positions[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], 1)
@@ -76,6 +81,7 @@ def random_masking(num_images, num_patches, mask_ratio, generator=None, device=N
     if not 0 < kept < num_patches:
         raise ValueError(f"a mask ratio of {mask_ratio} keeps {kept} of {num_patches} patches; between 1 and "
                          f"{num_patches - 1} must be kept")
+
     device = device or ("cpu" if generator is None else generator.device)
     order = torch.rand(num_images, num_patches, generator=generator, device=device).argsort(1)
     restore = order.argsort(1)
@@ -84,7 +90,7 @@ def random_masking(num_images, num_patches, mask_ratio, generator=None, device=N
 
 def take(tokens, indices):
     """Rows of each image's tokens: [N or 1, L, D], [N, l] -> [N, l, D]."""
-    tokens = tokens.expand(len(indices), -1, -1)
+    tokens = tokens.expand(indices.shape[0], -1, -1)
     return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[2]))
 
 
@@ -109,7 +115,8 @@ class DropPath(nn.Module):
     def forward(self, branch):
         if self.rate == 0 or not self.training:
             return branch
-        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.rate
+
+        kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.rate
         return branch * (kept / (1 - self.rate)).to(branch.dtype)
 
 
@@ -120,6 +127,7 @@ class Block(nn.Module):
     def __init__(self, width, heads, drop_path=0.0):
         super().__init__()
         self.heads, self.drop_path = heads, DropPath(drop_path)
+
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
         self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -129,12 +137,17 @@ class Block(nn.Module):
         query, key, value = self.qkv(self.norm1(tokens)).reshape(
             n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         mixed = attention(query, key, value).transpose(1, 2).reshape(n, length, width)
+
         tokens = tokens + self.drop_path(self.project(mixed))
         return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
 
 
 def initialise(module):
-    """MAE's start (section A.1): Glorot uniform for every linear layer, biases 0."""
+    """MAE's start (section A.1): Glorot uniform for every linear layer, biases 0.
+
+    In the authors' code one bias is not 0: their patch embedding is a convolution, whose bias stays as torch
+    starts it, uniform in +-1/sqrt(3 p p); ours is a linear layer like the others.
+    """
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
@@ -163,8 +176,10 @@ class ViT(nn.Module):
         check_sizes(image_size, patch_size, width, heads)
         if depth < 1 or not 0 <= drop_path < 1:
             raise ValueError(f"depth must be at least 1, drop path in [0, 1), got {depth} and {drop_path}")
+
         self.image_size, self.patch_size, self.feature_dim = image_size, patch_size, width
         self.num_patches = (image_size // patch_size) ** 2
+
         self.patch_embed = nn.Linear(3 * patch_size ** 2, width)  # a p x p convolution of stride p
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(sincos_positions(width, image_size // patch_size))
@@ -172,6 +187,7 @@ class ViT(nn.Module):
                                       for i in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, num_classes) if num_classes else None
+
         initialise(self)
         nn.init.normal_(self.class_token, std=0.02)
         if self.head is not None:  # so that training starts at logits of 0
@@ -183,7 +199,8 @@ class ViT(nn.Module):
         positions = self.positions[:, 1:]
         if keep is not None:
             patches, positions = take(patches, keep), take(positions, keep)
-        first = (self.class_token + self.positions[:, :1]).expand(len(patches), -1, -1)
+
+        first = (self.class_token + self.positions[:, :1]).expand(patches.shape[0], -1, -1)
         return self.blocks(torch.cat([first, self.patch_embed(patches) + positions], 1))
 
     def forward(self, images):
@@ -204,8 +221,10 @@ class MAE(nn.Module):
         super().__init__()
         check_sizes(image_size, patch_size, decoder_width, decoder_heads)
         self.norm_pix = norm_pix
+
         self.encoder = ViT(image_size, patch_size, width, depth, heads)
         self.encoder.positions.requires_grad_(False)
+
         self.decoder_embed = nn.Linear(width, decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
         self.decoder_positions = nn.Parameter(sincos_positions(decoder_width, image_size // patch_size),
@@ -213,6 +232,7 @@ class MAE(nn.Module):
         self.decoder = nn.Sequential(*(Block(decoder_width, decoder_heads) for _ in range(decoder_depth)))
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
         self.predict = nn.Linear(decoder_width, 3 * patch_size ** 2)
+
         for part in (self.decoder_embed, self.decoder, self.predict):
             initialise(part)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -220,14 +240,16 @@ class MAE(nn.Module):
     def forward(self, images, keep, restore):
         patches = patchify(images, self.encoder.patch_size)
         seen = self.decoder_embed(self.encoder.norm(self.encoder.tokens(patches, keep)))  # [N, 1 + l, D']
-        # Attention does not know an order, so the decoder's tokens stay as (class, kept, masked), each with
+
+        # attention does not know an order, so the decoder's tokens stay as (class, kept, masked), each with
         # its own position: nothing is put back in place, and the last L - l tokens are what is predicted
         order = restore.argsort(1)
         masked = order[:, keep.shape[1]:]
         tokens = torch.cat([seen, self.mask_token.to(seen.dtype).expand(*masked.shape, -1)], 1)
-        positions = torch.cat([self.decoder_positions[:, :1].expand(len(images), -1, -1),
+        positions = torch.cat([self.decoder_positions[:, :1].expand(images.shape[0], -1, -1),
                                take(self.decoder_positions[:, 1:], order)], 1)
         decoded = self.decoder(tokens + positions)[:, -masked.shape[1]:]
+
         targets = take(patches, masked)
         if self.norm_pix:
             targets = (targets - targets.mean(2, keepdim=True)) / (targets.var(2, keepdim=True) + 1e-6).sqrt()
