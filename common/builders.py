@@ -4,16 +4,21 @@ A builder takes the data set's name, --data-dir, the imbalance factor (None: the
 seed, and returns a `Dataset`.
 """
 import importlib
+import math
 import os
+import statistics
+import zipfile
 from functools import partial
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from common.files import check_lists, class_folders, first_side, read_list, scan
+from common.files import (MissingFile, check_lists, class_folders, composed, image_names, numbering_advice,
+                          read_list, scan, side_of)
 from common.longtail import (Dataset, Images, as_rgb, channel_statistics, cut_to_long_tail, image_files,
-                             long_tail_indices)
+                             long_tail_indices, note)
 
 ASSETS = Path(__file__).parent / "assets"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -38,7 +43,7 @@ def _torchvision(class_name, data_dir, what, **part):
     try:
         return getattr(torchvision.datasets, class_name)(str(data_dir), **{"download": True, **part})
     except Exception as reason:  # torchvision raises URLError, RuntimeError, ... for one and the same cause
-        raise ValueError(f"{class_name} is not in {data_dir} and could not be downloaded "
+        raise MissingFile(f"{class_name} is not in {data_dir} and could not be downloaded "
                          f"({' '.join(str(reason).split())[:100]}); put {what} there") from reason
 
 
@@ -72,13 +77,16 @@ def _fashion_mnist(name, data_dir, imb_factor, seed):
     return Dataset(name, train, None, test, class_names, *channel_statistics(train.images), 32)
 
 
+ARRAYS = ("x_train", "y_train", "x_val", "y_val", "x_test", "y_test", "class_names")
+
+
 def build_npz(name, path, imb_factor, seed, border=0):
     """Any .npz of x_train y_train x_test y_test [x_val y_val class_names]; cut when a factor is given."""
     if not Path(path).is_file():
-        raise ValueError(f"no such file: {path}")
+        raise MissingFile(f"no such file: {path}")
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
+            arrays = {key: file[key] for key in file.files if key in ARRAYS}  # others can be large
     except Exception as reason:  # zipfile, zlib and numpy each raise their own for a damaged file
         why = " ".join(str(reason).split())[:100]
         raise ValueError(f"{path} is not a readable .npz file ({why})") from reason
@@ -97,18 +105,22 @@ def build_npz(name, path, imb_factor, seed, border=0):
         if targets.dtype.kind not in "iu" or targets.shape != images.shape[:1]:
             raise ValueError(f"{path}: y_{part} must be integers [{len(images)}], "
                              f"it is {targets.dtype} {list(targets.shape)}")
-        if images.shape[1] != images.shape[2] or images.shape[1:3] != arrays["x_train"].shape[1:3]:
+        if not 0 < images.shape[1] == images.shape[2] == arrays["x_train"].shape[1]:
             raise ValueError(f"{path}: x_{part} must hold square images of the size of x_train, "
                              f"they are {images.shape[1]} x {images.shape[2]}")
         splits[part] = Images(as_rgb(images, border), targets.astype(np.int64))
     train = splits["train"]
     if len(train) == 0:
         raise ValueError(f"{path}: x_train has no images")
-    if train.targets.max() >= len(train) and "class_names" not in arrays:  # or a class would have no image
-        raise ValueError(f"{path}: y_train holds {train.targets.max()} among only {len(train)} images: class "
-                         "ids must be 0..C-1, each with an image")
+
+    labels = np.unique(train.targets)
+    if labels[0] > 0 or "class_names" not in arrays and labels[-1] >= len(labels):
+        raise ValueError(f"{path}: {numbering_advice(labels)}")
     names = arrays["class_names"].astype(str).tolist() if "class_names" in arrays else \
         [str(i) for i in range(train.targets.max() + 1)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path}: two classes in class_names have the same name")
+
     if imb_factor is not None:
         if train.targets.min() < 0 or train.targets.max() >= len(names):
             raise ValueError(f"{path}: y_train must lie in 0..{len(names) - 1}")
@@ -126,28 +138,111 @@ def _fashion_lt(name, data_dir, imb_factor, seed):
 # ---------------------------------------------------------------- builders: image files
 
 def _scanned(folder, class_names):
-    """`ImageFiles` of FOLDER/CLASS/*.jpg."""
-    return image_files(*scan(folder, class_names))
+    """`ImageFiles` of FOLDER/CLASS/*.jpg; says what else lies there."""
+    paths, targets, left_out = scan(folder, class_names)
+    counted = [f"{what}: {len(files)} ({os.path.relpath(files[0], folder)}{', ...' if files[1:] else ''})"
+               for what, files in left_out.items() if files]
+    if counted:
+        note(f"{folder} holds more than is read: {'; '.join(counted)}")
+    return image_files(paths, targets)
 
 
-def _folder(name, data_dir, imb_factor, seed):
-    """DIR/train/CLASS/*.jpg, DIR/test/CLASS/*.jpg, and DIR/val/CLASS/*.jpg where there is one."""
+def build_folder(name, data_dir, imb_factor, seed, test_fraction=None):
+    """DIR/train/CLASS/*.jpg, DIR/test/CLASS/*.jpg, and DIR/val/CLASS/*.jpg where there is one.
+
+    test_fraction: of the images of each class, where there is no DIR/test; they may lie in DIR/CLASS, too.
+    """
     root = Path(data_dir)
-    class_names = class_folders(root / "train", f"{root}/{{train,test}}/CLASS/*.jpg")
-    train, test = (_scanned(root / part, class_names) for part in ("train", "test"))
-    val = _scanned(root / "val", class_names) if (root / "val").is_dir() else None
+    training = root / "train" if test_fraction is None else _training_folder(root)
+    class_names = sorted({composed(name) for name in class_folders(
+        training, f"{root}/{{train,test}}/CLASS/*.jpg")})
+    train = _scanned(training, class_names)
+
+    if test_fraction is None:
+        if not (root / "test").is_dir():
+            raise MissingFile(f"no such folder: {root / 'test'} (--test-fraction 0.2 sets images of each class "
+                              "aside)")
+        test = _scanned(root / "test", class_names)
+    elif (root / "test").is_dir():
+        raise ValueError(f"there is a folder {root / 'test'}: leave out --test-fraction")
+    else:
+        train, test = _set_aside(train, len(class_names), test_fraction, seed)
+
+    val = _scanned(root / "val", class_names) if (root / "val").is_dir() and training != root else None
     whole = Dataset(name, train, val, test, class_names, IMAGENET_MEAN, IMAGENET_STD,
-                    _size_shown(train.paths, root / "train"))
+                    _size_shown(name, data_dir))
     return whole if imb_factor is None else whole.subset(
         cut_to_long_tail(train.targets, len(class_names), imb_factor, seed=seed))
 
 
-def _size_shown(paths, where):
+def _training_folder(root):
+    return root / "train" if (root / "train").is_dir() else root
+
+
+def _set_aside(files, num_classes, fraction, seed):
+    """Training and test images: of each class that fraction is for testing, but at least one and never all."""
+    sizes = np.bincount(files.targets, minlength=num_classes)
+    taken = np.minimum(np.maximum(np.rint(fraction * sizes).astype(int), 1), np.maximum(sizes - 1, 0))
+    testing = np.sort(long_tail_indices(files.targets, taken, seed))
+    single = (sizes == 1).sum()
+    note(f"{len(testing)} of {len(files)} images are set aside for testing ({fraction:g} of each class, drawn by "
+         f"--subset-seed {seed})" + (f"; {single} classes have one image, none for testing" if single else ""))
+    return files.subset(np.setdiff1d(np.arange(len(files)), testing)), files.subset(testing)
+
+
+def image_side(name, data_dir="data", train_list=None):
+    """Side in pixels of a data set's images, without reading them all: 224 for the papers' sets of image
+    files, an .npz by its header, a folder or a list by the median of the longer sides of 3 images of each
+    class (of 100 classes). None where there is nothing to look at (then `load` says what is missing)."""
+    if name in LISTED or name in CUT:
+        return 224
+    if str(name).endswith(".npz"):
+        return _npz_side(name)
+    if name != "folder":
+        return None
+    sides = []
+    try:
+        for files in _files_by_class(data_dir, train_list):
+            sides += islice(filter(None, map(side_of, files)), 3)
+    except (OSError, ValueError):
+        return None
+    return statistics.median_low(sides) if sides else None
+
+
+def _files_by_class(data_dir, train_list):
+    """Paths of the training images of at most 100 classes, evenly spread, a class at a time."""
+    if train_list:
+        listing = read_list(train_list)
+        classes = np.unique(listing.targets)
+    else:
+        root = _training_folder(Path(data_dir))
+        classes = class_folders(root)
+    for c in classes[::math.ceil(len(classes) / 100)]:
+        if train_list:
+            yield (os.path.join(data_dir, listing.names[i]) for i in np.flatnonzero(listing.targets == c))
+        else:
+            yield image_names(root / c)[0]
+
+
+def _npz_side(path):
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("x_train.npy") as member:
+            version = np.lib.format.read_magic(member)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else \
+                np.lib.format.read_array_header_2_0
+            return int(read(member)[0][1])
+    except Exception:  # zipfile, zlib and numpy each raise their own for a damaged file; `load` says so
+        return None
+
+
+def _size_shown(name, data_dir, train_list=None):
     """Side in pixels at which a user's own images are shown: their own up to 64 pixels, else 224."""
-    side = first_side(map(os.fsdecode, paths))
+    side = image_side(name, data_dir, train_list)
     if side is None:
-        raise ValueError(f"none of the image files in {where} can be decoded")
-    return side if side <= 64 else 224
+        raise ValueError(f"none of the image files in {train_list or data_dir} can be decoded")
+    shown = side if side <= 64 else 224
+    note(f"images are shown at {shown} pixels: the longer side of those looked at is {side} (median)")
+    return shown
 
 
 def _statistics(name):
@@ -165,14 +260,16 @@ LISTED = {"imagenet_lt": ("ImageNet_LT", "test"), "places_lt": ("Places_LT", "te
           "inat18": ("iNaturalist18", "val"), "inat17": ("iNaturalist17", "val")}  # classifier-balancing's
 
 
-def build_listed(name, data_dir, imb_factor, seed, train_list=None, test_list=None):
+def build_listed(name, data_dir, imb_factor, seed, train_list=None, test_list=None, test_fraction=None):
     """DIR/ImageNet_LT_train.txt, ..., paths in them relative to DIR; iNaturalist's also train2018.json, ...
 
-    train_list, test_list: a user's own files instead, for any data set of image files.
+    train_list, test_list: a user's own files instead, for any data set of image files. test_fraction: of each
+    class in train_list, for testing.
     """
     _refuse_factor(name, imb_factor)
-    if name not in LISTED and not (train_list and test_list):
-        raise ValueError(f"{name} has no list files of its own: give both --train-list and --test-list")
+    if name not in LISTED and not (train_list and (test_list or test_fraction)):
+        raise ValueError(f"{name} has no list files of its own: give both --train-list and --test-list (or "
+                         "--test-fraction)")
     root, (prefix, tested) = Path(data_dir), LISTED.get(name, ("", ""))
 
     def listing(part):
@@ -180,22 +277,32 @@ def build_listed(name, data_dir, imb_factor, seed, train_list=None, test_list=No
         return read_list(official if official.is_file() and not path.is_file() else path)
 
     train = read_list(train_list) if train_list else listing("train")
-    test = read_list(test_list) if test_list else listing(tested)
+    test = None if test_fraction else read_list(test_list) if test_list else listing(tested)
     # no val for a training list of one's own, which may hold the val list's images
     has_val = tested == "test" and not train_list and (root / f"{prefix}_val.txt").is_file()
     val = listing("val") if has_val else None
-    C = check_lists(train, [val, test] if has_val else [test], root,
+    C = check_lists(train, [part for part in (val, test) if part], root,
                     None if train_list else PUBLISHED[name]["classes"])
-    class_names = train.class_names
-    if class_names is None:  # the images' folders, without the first one, which is the split's
-        folder_of = {target: "/".join(path.split("/")[1:-1])
-                     for path, target in zip(train.names, train.targets.tolist())}
-        class_names = [folder_of[i] for i in range(C)]
-        if "" in class_names or len(set(class_names)) < C:
-            class_names = [str(i) for i in range(C)]
+    class_names = train.class_names or _folder_names(train, C)
+    if len(class_names) != C:
+        raise ValueError(f"{train.file} has {C} classes, but names for {len(class_names)}")
+
     train, val, test = (part and image_files(part.names, part.targets, root) for part in (train, val, test))
-    size = _size_shown(train.paths, data_dir) if name == "folder" else 224
+    if test_fraction:
+        train, test = _set_aside(train, C, test_fraction, seed)
+    size = _size_shown(name, data_dir, train_list) if name == "folder" else 224
     return Dataset(name, train, val, test, class_names, *_statistics(name), size, _color_jitter(name))
+
+
+def _folder_names(listing, num_classes):
+    """The folder of each class's images, without the first of several, which is the split's. Numbers where
+    that does not tell the classes apart."""
+    folders = [path.split("/")[:-1] for path in listing.names]
+    pairs = {(target, composed("/".join(folder[1:] or folder)))
+             for target, folder in zip(listing.targets.tolist(), folders)}
+    names = [name for _, name in sorted(pairs)]
+    return names if "" not in names and len(set(names)) == len(names) == num_classes else \
+        [str(i) for i in range(num_classes)]
 
 
 # CANDLE's small data sets: readers of what their archives hold. Each takes the root and what must be there,
@@ -233,7 +340,7 @@ def _cub200(root, what):
     def column(name):
         """What stands behind the ids 1, 2, ... in a file."""
         if not (folder / name).is_file():
-            raise ValueError(f"no such file: {folder / name} (looked for {what})")
+            raise MissingFile(f"no such file: {folder / name} (looked for {what})")
         rows = [line.split(maxsplit=1) for line in (folder / name).read_text().splitlines()]
         for number, row in enumerate(rows, 1):
             if len(row) != 2 or row[0] != str(number):
@@ -253,7 +360,7 @@ def _stanford_dogs(root, what):
     folder, splits = root / "stanford_dogs", []
     for list_file in (folder / "train_list.mat", folder / "test_list.mat"):
         if not list_file.is_file():
-            raise ValueError(f"no such file: {list_file} (looked for {what})")
+            raise MissingFile(f"no such file: {list_file} (looked for {what})")
         # scipy is not required, hence no import statement; `_cut` has looked whether it is there
         content = importlib.import_module("scipy.io").loadmat(list_file, squeeze_me=True)
         names, targets = content["file_list"].tolist(), content["labels"].astype(np.int64) - 1
@@ -301,7 +408,7 @@ def _cut(name, data_dir, imb_factor, seed):
     for split in (whole.train, whole.test):
         folder = Path(os.fsdecode(split.paths[0])).parent
         if not folder.is_dir():
-            raise ValueError(f"no such folder: {folder} ({name} needs {what} in {data_dir})")
+            raise MissingFile(f"no such folder: {folder} ({name} needs {what} in {data_dir})")
     C, order = whole.num_classes, range(whole.num_classes)
     if n_max is None:
         n_max, order = np.sort(whole.class_counts)[-2:][0], None
@@ -310,7 +417,27 @@ def _cut(name, data_dir, imb_factor, seed):
 
 BUILDERS = {"fashion_lt": _fashion_lt, "cifar10_lt": _cifar, "cifar100_lt": _cifar,
             "fashion_mnist_lt": _fashion_mnist, **dict.fromkeys(LISTED, build_listed), **dict.fromkeys(CUT, _cut),
-            "folder": _folder}
+            "folder": build_folder}
+
+# Where each data set is had
+OLTR = "the lists from https://github.com/zhmiao/OpenLongTailRecognition-OLTR"
+SOURCES = {
+    "cifar10_lt": "https://www.cs.toronto.edu/~kriz/cifar.html",
+    "cifar100_lt": "https://www.cs.toronto.edu/~kriz/cifar.html",
+    "fashion_mnist_lt": "https://github.com/zalandoresearch/fashion-mnist",
+    "imagenet_lt": f"https://image-net.org (ILSVRC2012), {OLTR}",
+    "places_lt": f"http://places2.csail.mit.edu/download.html (Places365-Standard), {OLTR}",
+    "inat18": "https://github.com/visipedia/inat_comp/tree/master/2018",
+    "inat17": "https://github.com/visipedia/inat_comp/tree/master/2017",
+    "caltech101_lt": "https://data.caltech.edu/records/mzrjq-6wc02",
+    "cub200_lt": "https://data.caltech.edu/records/65de6-vp158",
+    "stanford_dogs_lt": "http://vision.stanford.edu/aditya86/ImageNetDogs",
+    "stanford_cars_lt": "https://github.com/pytorch/vision/issues/7545 (the original page is gone)",
+    "fgvc_aircraft_lt": "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft",
+    "dtd_lt": "https://www.robots.ox.ac.uk/~vgg/data/dtd",
+    "flowers102_lt": "https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
+    "fruits360_lt": "https://www.kaggle.com/datasets/moltean/fruits (fruits-360-original-size)",
+}
 
 
 # What is known of each data set as published: classes, images of each split, of the largest and the smallest

@@ -14,59 +14,168 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.builders import (ASSETS, BUILDERS, CUT, FASHION_ORDER, LISTED, MATLAB, PUBLISHED, build_listed,
-                             build_npz)
-from common.files import IMAGE_ENDINGS, check_lists, first_side, read_image, read_list
-from common.longtail import (Dataset, ImageFiles, Images, balanced_subset, channel_statistics,
-                             cut_to_long_tail, long_tail_counts, long_tail_indices, moments)
+from common.builders import (ASSETS, BUILDERS, CUT, FASHION_ORDER, LISTED, MATLAB, PUBLISHED, SOURCES,
+                             build_folder, build_listed, build_npz, image_side)
+from common.files import MissingFile, check_lists, escape_unprintable, read_image, read_list
+from common.longtail import (Dataset, ImageFiles, Images, balanced_subset, channel_statistics, cut_to_long_tail,
+                             fingerprint, long_tail_counts, long_tail_indices, moments, note)
 
-# ---------------------------------------------------------------- load
 
-def load(name, data_dir="data", imb_factor=None, seed=0, train_list=None, test_list=None):
+def load(name, data_dir="data", imb_factor=None, seed=0, train_list=None, test_list=None, test_fraction=None):
     """Build a long-tailed data set.
 
     name: a key of `BUILDERS`, or the path of an .npz file. data_dir: where the files are or are downloaded to
     (for "folder": the folder itself). imb_factor: max/min images per class, >= 1; None is the papers' for the
     sets that are cut from a balanced one (100; most of CANDLE's: 10), and no cut for an .npz or a folder.
     seed: which images are kept. train_list, test_list: list files (`read_list`) that take the place of the
-    data set's own, paths relative to data_dir. Returns a `Dataset`. Raises ValueError, saying what was wrong
-    and what to do.
+    data set's own, paths relative to data_dir. test_fraction: of the images of each class, drawn by seed, for
+    a folder without test/, or a train_list without test_list. Returns a `Dataset`. Raises ValueError, saying
+    what was wrong and what to do.
     """
     if imb_factor is not None:
         long_tail_counts(1, 1, imb_factor)
     is_npz = str(name).endswith(".npz")
     if not is_npz and name not in BUILDERS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(BUILDERS)}, or a FILE.npz")
-    if train_list or test_list:
-        if is_npz or name not in (*LISTED, *CUT, "folder"):
-            raise ValueError(f"--train-list and --test-list name image files, which {name} does not have")
-        return build_listed(name, data_dir, imb_factor, seed, train_list, test_list)
-    if is_npz:
-        return build_npz(str(name), name, imb_factor, seed)
-    return BUILDERS[name](name, data_dir, imb_factor, seed)
+    if (train_list or test_list) and name not in (*LISTED, *CUT, "folder"):
+        raise ValueError(f"--train-list and --test-list name image files, which {name} does not have")
+    if test_fraction is not None and not 0 < test_fraction < 1:
+        raise ValueError(f"--test-fraction must lie between 0 and 1, got {test_fraction}")
+    if test_fraction and (test_list or name != "folder" and not train_list):
+        raise ValueError("--test-fraction is for images without a test split: a folder without test/, or "
+                         "--train-list without --test-list")
+    try:
+        if train_list or test_list:
+            data = build_listed(name, data_dir, imb_factor, seed, train_list, test_list, test_fraction)
+        elif is_npz:
+            data = build_npz(str(name), name, imb_factor, seed)
+        elif name == "folder":
+            data = build_folder(name, data_dir, imb_factor, seed, test_fraction)
+        else:
+            data = BUILDERS[name](name, data_dir, imb_factor, seed)
+    except MissingFile as reason:
+        if name not in SOURCES or train_list:
+            raise
+        raise ValueError(f"{reason}; {name} is had from {SOURCES[name]}") from reason
+    except OSError as reason:
+        raise ValueError(f"cannot read {reason.filename or data_dir}: {reason.strerror}") from reason
+    if data.num_classes < 2:
+        raise ValueError(f"{name} has one class alone, {data.class_names[0]}: a classifier needs two at least")
+    return data
 
 
-def image_side(name, data_dir="data"):
-    """Side in pixels of a data set's images, without reading them all: 224 for the papers' sets of image
-    files, an .npz by its header, a folder by its first readable image. None where there is nothing to look at
-    (then `load` says what is missing)."""
-    if name in LISTED or name in CUT:
-        return 224
-    if str(name).endswith(".npz") and Path(name).is_file():
-        import zipfile
-        try:
-            with zipfile.ZipFile(name) as archive, archive.open("x_train.npy") as member:
-                version = np.lib.format.read_magic(member)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else \
-                    np.lib.format.read_array_header_2_0
-                return int(read(member)[0][1])
-        except Exception:  # zipfile, zlib and numpy each raise their own for a damaged file; `load` says so
-            return None
-    if name == "folder":
-        root = Path(data_dir, "train") if Path(data_dir, "train").is_dir() else data_dir  # or own list files
-        return first_side(os.path.join(folder, file) for folder, _, files in os.walk(root)
-                           for file in sorted(files) if file.lower().endswith(IMAGE_ENDINGS))
-    return None
+def write_lists(data, folder, data_dir=None):
+    """Write the training and test images of a data set of image files as lists that `load` takes.
+
+    folder: gets train_list.txt and test_list.txt (lines `relative/path label`), and train_list_classes.txt
+    with the classes' names. data_dir: what the paths are relative to (None: the folder that all have in
+    common). Returns train_list, test_list and data_dir for `load`. Raises ValueError.
+    """
+    if not isinstance(data.train, ImageFiles):
+        raise ValueError(f"{data.name} has no image files that lists could name")
+    splits = {"train": data.train, "test": data.test}
+    paths = {part: list(map(os.fsdecode, split.paths)) for part, split in splits.items()}
+    if data_dir is None:
+        data_dir = os.path.commonpath([os.path.dirname(path) for some in paths.values() for path in some])
+    os.makedirs(folder, exist_ok=True)
+    names_file = Path(folder, "train_list_classes.txt")
+    names_file.write_bytes(b"".join(os.fsencode(name) + b"\n" for name in data.class_names))
+
+    files = []
+    for part, split in splits.items():
+        names = [os.path.relpath(path, data_dir) for path in paths[part]]
+        files.append(Path(folder, f"{part}_list.txt"))
+        files[-1].write_bytes(b"".join(b"%s %d\n" % (os.fsencode(name), target)
+                                       for name, target in zip(names, split.targets.tolist())))
+        if read_list(files[-1]).names != names or read_list(files[0]).class_names != data.class_names:
+            raise ValueError(f"{files[-1]}: file names with line breaks, backslashes or spaces at their ends "
+                             "cannot stand in a list; rename them")
+    return str(files[0]), str(files[1]), str(data_dir)
+
+
+# ---------------------------------------------------------------- image files that cannot be read
+
+def _look_at(paths, decode):
+    """What is wrong with some image files, {path: a line}, and the summed histograms [3, 256] of the others,
+    each image's pixels counting 1 in all. Without `decode` only see whether they are there."""
+    wrong, histograms = {}, np.zeros((3, 256))
+    for path in paths:
+        name = os.fsdecode(path)
+        if not os.path.exists(name):
+            wrong[path] = f"no such file: {name}"
+        elif decode:
+            try:
+                image = read_image(name)
+                histograms += np.reshape(image.histogram(), (3, 256)) / (image.width * image.height)
+            except ValueError as reason:
+                wrong[path] = f"cannot decode {reason}"
+    return wrong, histograms
+
+
+def look_at(paths, workers=1, what="files", decode=True):
+    """`_look_at` for all of `paths` (bytes), in `workers` threads (PIL's codecs run side by side), with a
+    progress bar named `what`."""
+    wrong, histograms = {}, np.zeros((3, 256))
+    chunks = [paths[i:i + 64] for i in range(0, len(paths), 64)]
+    with ThreadPoolExecutor(max(workers, 1)) as pool, \
+            tqdm(total=len(paths), desc=what, unit="file", disable=None) as bar:
+        for chunk, (bad, some) in zip(chunks, pool.map(lambda chunk: _look_at(chunk, decode), chunks)):
+            wrong.update(bad)
+            histograms += some
+            bar.update(len(chunk))
+    return wrong, histograms
+
+
+def leave_out_unreadable(data, workers=1, cache=None):
+    """A data set without the image files that cannot be decoded, so that class counts are those of what can.
+
+    Prints each one and why. workers: threads. cache: a file that remembers which files were readable, by
+    path, size and time of change, so that a second call looks at new ones alone (under torchrun the first
+    process is to call this before the others). Raises ValueError where nothing is left of a class or split.
+    """
+    readable, splits, lines = _read_cache(cache), {}, []
+    for part in ("train", "val", "test"):
+        split = splits[part] = getattr(data, part)
+        if not isinstance(split, ImageFiles):
+            continue
+        keys = np.array([_file_key(path) for path in split.paths], np.uint64)
+        wrong, _ = look_at(np.unique(split.paths[~np.isin(keys, readable)]).tolist(), workers, f"read {part}")
+        is_good = np.array([path not in wrong for path in split.paths.tolist()])
+        splits[part] = split.subset(np.flatnonzero(is_good))
+        readable = np.union1d(readable, keys[is_good])
+        lines += [f"{part}: {line}" for line in wrong.values()]
+        if cache:
+            with open(f"{cache}.part", "wb") as file:
+                np.save(file, readable)
+            os.replace(f"{cache}.part", cache)
+    if not lines:
+        return data
+
+    note(f"{len(lines)} unreadable image files are left out:\n" + "\n".join(lines))
+    try:
+        return data.with_splits(**splits)
+    except ValueError as reason:
+        raise ValueError(f"{reason}, without its unreadable files; the first is {lines[0]}") from reason
+
+
+def _file_key(path):
+    """A number that changes with a file; 0 where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return 0
+    words = b"%s\0%d\0%d" % (os.path.abspath(path), found.st_size, found.st_mtime_ns)
+    return int.from_bytes(hashlib.sha256(words).digest()[:8], "little")
+
+
+def _read_cache(cache):
+    if not cache or not os.path.exists(cache):
+        return np.zeros(0, np.uint64)
+    try:
+        return np.load(cache, allow_pickle=False).astype(np.uint64)
+    except (OSError, ValueError, EOFError) as reason:
+        note(f"{cache} is damaged ({reason}): all image files are looked at again")
+        return np.zeros(0, np.uint64)
 
 
 # ---------------------------------------------------------------- python -m common.data
@@ -79,22 +188,6 @@ def facts(data):
                 groups=(int((counts > 100).sum()), int(((counts >= 20) & (counts <= 100)).sum()),
                         int((counts < 20).sum())),
                 counts=hashlib.sha256(counts.astype("<i8").tobytes()).hexdigest()[:16])
-
-
-def _look_at(paths, fast):
-    """What is wrong with some image files, and the summed histograms [3, 256] of the others, each image's
-    pixels counting 1 in all. fast: only see whether they are there."""
-    wrong, histograms = [], np.zeros((3, 256))
-    for path in map(os.fsdecode, paths):
-        if not os.path.isfile(path):
-            wrong.append(f"no such file: {path}")
-        elif not fast:
-            try:
-                image = read_image(path)
-                histograms += np.reshape(image.histogram(), (3, 256)) / (image.width * image.height)
-            except ValueError as reason:
-                wrong.append(f"cannot decode {reason}")
-    return wrong, histograms
 
 
 def check(data, published=None, fast=False, workers=1):
@@ -118,13 +211,9 @@ def check(data, published=None, fast=False, workers=1):
             continue
         paths, times = np.unique(split.paths, return_counts=True)
         wrong += [f"{part}: {os.fsdecode(path)} is there twice" for path in paths[times > 1]]
-        chunks = [paths[i:i + 64] for i in range(0, len(paths), 64)]
-        with ThreadPoolExecutor(max(workers, 1)) as pool, \
-                tqdm(total=len(paths), desc=part, unit="file", disable=None) as bar:
-            for chunk, (bad, some) in zip(chunks, pool.map(lambda chunk: _look_at(chunk, fast), chunks)):
-                wrong += [f"{part}: {line}" for line in bad]
-                histograms += some if part == "train" else 0
-                bar.update(len(chunk))
+        bad, some = look_at(paths.tolist(), workers, part, not fast)
+        wrong += [f"{part}: {line}" for line in bad.values()]
+        histograms += some if part == "train" else 0
     decoded = isinstance(data.train, Images)
     if decoded or histograms.any():
         means, stds = channel_statistics(data.train.images) if decoded else moments(histograms)
@@ -132,11 +221,15 @@ def check(data, published=None, fast=False, workers=1):
                  for values in (means, stds, data.mean, data.std)]
         print("mean {} and standard deviation {} of the training images; the nets see them minus {}, over {}"
               .format(*shown))
+        wrong += [f"train: channel {c} of all images has one value, {mean:.3f}: are these the pictures?"
+                  for c, (mean, std) in enumerate(zip(means, stds)) if std == 1]
     return wrong
 
 
 def main(argv=None):
     """The command. Returns its exit code: 0, 1 where something is wrong, 2 where there is no data set."""
+    escape_unprintable()
+
     def fail(message):
         print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -149,12 +242,13 @@ def main(argv=None):
     parser.add_argument("--subset-seed", type=int, default=0, help="which images are kept")
     parser.add_argument("--train-list", help="list file of your own; paths relative to --data-dir")
     parser.add_argument("--test-list", help="list file of your own; paths relative to --data-dir")
+    parser.add_argument("--test-fraction", type=float, help="of each class, where there is no test split")
     parser.add_argument("--fast", action="store_true", help="do not decode the files")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that decode")
     args = parser.parse_args(argv)
     try:
         data = load(args.name, args.data_dir, args.imb_factor, args.subset_seed, args.train_list,
-                    args.test_list)
+                    args.test_list, args.test_fraction)
     except (ValueError, ImportError) as reason:
         fail(reason)
     own = args.train_list or args.test_list or args.imb_factor is not None

@@ -1,26 +1,163 @@
 """Image files and lists of them -> paths, labels, pixels."""
+import codecs
 import json
 import os
+import stat
+import sys
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "WEBP", "TIFF", "GIF")  # not PIL's others: EPS starts Ghostscript
+LONGEST_SHAPE = 50  # longer side / shorter side; resized to 256 pixels, a longer one would fill the memory
 
 
-# ---------------------------------------------------------------- image files and lists of them
+class MissingFile(ValueError):
+    """A file or folder that a data set needs is not there."""
+
+
+def escape_unprintable():
+    """From here on print file names that the terminal's encoding lacks with backslashes, instead of ending
+    in UnicodeEncodeError. For the start of a program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+# ---------------------------------------------------------------- pixels
 
 def read_image(path):
-    """The image in a file as a PIL image in RGB: grey, palette and CMYK files become RGB, too. Raises
-    ValueError with the path and why it cannot be decoded."""
-    from PIL import Image
+    """The picture in a file as a PIL image in RGB, 8 bits a channel, turned as its EXIF orientation says.
+
+    Grey, palette and CMYK become RGB; 16-bit grey is scaled to 8 bits; what is transparent shows white. Raises
+    ValueError with the path and why it cannot be decoded; 32-bit pixels, whose range is unknown, are refused,
+    and so is what is no regular file or longer than 50 times its width.
+    """
+    from PIL import Image, ImageOps
     try:
-        with Image.open(path) as file:
-            return file.convert("RGB")
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("not a regular file")
+        with Image.open(path, formats=FORMATS) as file:
+            if max(file.size) > LONGEST_SHAPE * min(file.size):
+                raise ValueError(f"{file.width} x {file.height} pixels are too long and thin (at most "
+                                 f"{LONGEST_SHAPE} to 1)")
+            file.load()
+            try:
+                image = ImageOps.exif_transpose(file)
+            except Exception:  # a damaged EXIF block says nothing: the picture as it is stored
+                image = file
+            return _as_rgb(image, file.format)
     except Exception as reason:  # PIL and its codecs raise nearly anything for a damaged file
         raise ValueError(f"{path}: {' '.join(str(reason).split()) or type(reason).__name__}") from reason
 
+
+def _as_rgb(image, file_format):
+    from PIL import Image
+    # older versions of PIL read 16-bit files of these formats as 32-bit integers
+    sixteen = image.mode.startswith("I;16") or image.mode == "I" and file_format in ("PNG", "PPM")
+    if sixteen:  # 65535 / 257 = 255; PIL's own conversion clips at 255
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"32-bit pixels (PIL's mode {image.mode}) have no known range; save them with 8 or 16 "
+                         "bits a channel")
+    if image.mode[-1] in "aA" or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def side_of(path):
+    """Longer side in pixels of the image in a file; None where it is none (that is `read_image`'s business)."""
+    from PIL import Image
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return None
+        with Image.open(path, formats=FORMATS) as image:
+            return max(image.size)
+    except Exception:  # as above
+        return None
+
+
+# ---------------------------------------------------------------- class folders
+
+def image_names(folder):
+    """Files in a folder and its subfolders, links followed, each folder's sorted by name.
+
+    Returns the paths of the image files; of files that are hidden, or in a hidden folder; and of the others.
+    """
+    def stop(reason):
+        raise reason
+
+    images, hidden, others, seen = [], [], [], set()
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=stop):
+        real = os.path.realpath(root)
+        if real in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        in_hidden = any(part.startswith(".") for part in Path(root).relative_to(folder).parts)
+        for name in sorted(files):
+            kind = hidden if in_hidden or name.startswith(".") else \
+                images if name.lower().endswith(IMAGE_ENDINGS) else others
+            kind.append(os.path.join(root, name))
+    return images, hidden, others
+
+
+def class_folders(folder, what="class folders"):
+    """Names of the folders in a folder that are not hidden, sorted. what: what must be there. Raises
+    ValueError."""
+    if not Path(folder).is_dir():
+        raise MissingFile(f"no such folder: {folder} (looked for {what})")
+    names = sorted(entry.name for entry in os.scandir(folder)
+                   if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise ValueError(f"no class folders in {folder}: the images of each class must lie in a folder of their "
+                         "own, named as the class")
+    return names
+
+
+def composed(name):
+    """A class name in Unicode's composed form (NFC): files from a Mac may spell it decomposed."""
+    return unicodedata.normalize("NFC", name)
+
+
+def scan(folder, class_names):
+    """Read the names in a folder FOLDER/CLASS/*.jpg.
+
+    Returns the image files' paths and targets, class by class in the names' order, and what is left out:
+    {what: paths}. Raises ValueError.
+    """
+    if not Path(folder).is_dir():
+        raise MissingFile(f"no such folder: {folder}")
+    ids = {class_name: i for i, class_name in enumerate(class_names)}
+    paths, targets = [], []
+    left_out = {"images in no class folder": [], "hidden files": [], "files that are no images": []}
+    for entry in sorted(os.scandir(folder), key=lambda entry: (composed(entry.name), entry.name)):
+        if not entry.is_dir():
+            kind = "hidden files" if entry.name.startswith(".") else "images in no class folder" \
+                if entry.name.lower().endswith(IMAGE_ENDINGS) else "files that are no images"
+            left_out[kind].append(entry.path)
+            continue
+        images, hidden, others = image_names(entry.path)
+        if entry.name.startswith("."):
+            left_out["hidden files"] += images + hidden + others
+            continue
+        if composed(entry.name) not in ids:
+            raise ValueError(f"{entry.path} is a class that the training images do not have")
+        paths += images
+        targets += [ids[composed(entry.name)]] * len(images)
+        left_out["hidden files"] += hidden
+        left_out["files that are no images"] += others
+    if not paths:
+        raise ValueError(f"no image files in {folder}")
+    return paths, targets, left_out
+
+
+# ---------------------------------------------------------------- list files
 
 class Listing(NamedTuple):
     """What a list file says. file: its path; unit: "line" or what else it counts; names: paths of images
@@ -39,24 +176,38 @@ class Listing(NamedTuple):
 def read_list(path):
     """Read a list file: lines `relative/path label` as OLTR and classifier-balancing have them, labels from
     0, maybe spaces in the path; or an official .json of iNaturalist 2017 or 2018, whose category ids are the
-    labels. Returns a `Listing`. Raises ValueError with file and line."""
+    labels. Windows' byte-order marks and backslashes are read. A file NAME_classes.txt beside NAME.txt names
+    the classes, one a line. Returns a `Listing`. Raises ValueError with file and line."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no such list file: {path} (lines `relative/path label`; --train-list and "
+        raise MissingFile(f"no such list file: {path} (lines `relative/path label`; --train-list and "
                          "--test-list name other files)")
     if path.suffix == ".json":
         return _read_inat_json(path)
+
     names, targets = [], []
-    for number, line in enumerate(path.read_bytes().rstrip().splitlines(), 1):
+    for number, line in enumerate(_lines(path), 1):
         words = line.strip().rsplit(maxsplit=1)
         if len(words) < 2 or not words[1].isdigit() or len(words[1]) > 18:
             raise ValueError(f"{path}, line {number}: must be `relative/path label`, with a label 0, 1, ..., "
                              f"it is {os.fsdecode(line[:80])!r}")
-        names.append(os.fsdecode(words[0]))
+        name = words[0] if b"/" in words[0] else words[0].replace(b"\\", b"/")
+        names.append(os.fsdecode(name))
         targets.append(int(words[1]))
     if not names:
         raise ValueError(f"{path} is empty; it must hold lines `relative/path label`")
-    return Listing(path, "line", names, np.array(targets, np.int64))
+
+    classes = path.with_name(f"{path.stem}_classes.txt")
+    class_names = [os.fsdecode(line) for line in _lines(classes)] if classes.is_file() else None
+    return Listing(path, "line", names, np.array(targets, np.int64), class_names)
+
+
+def _lines(path):
+    """A text file's lines as bytes in UTF-8, without byte-order mark."""
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        content = content.decode("utf-16", "replace").encode()
+    return content.removeprefix(codecs.BOM_UTF8).rstrip().splitlines()
 
 
 def _read_inat_json(path):
@@ -66,7 +217,7 @@ def _read_inat_json(path):
         names = [file_of[annotation["image_id"]] for annotation in content["annotations"]]
         targets = [int(annotation["category_id"]) for annotation in content["annotations"]]
         name_of = {int(category["id"]): str(category["name"]) for category in content["categories"]}
-    except (ValueError, KeyError, TypeError) as reason:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as reason:
         raise ValueError(f"{path} is not an iNaturalist annotation file with images, annotations and "
                          f"categories ({type(reason).__name__}: {str(reason)[:80]})") from reason
     if not names or min(targets) < 0 or sorted(name_of) != list(range(len(name_of))):
@@ -75,11 +226,22 @@ def _read_inat_json(path):
                    [name_of[i] for i in range(len(name_of))])
 
 
+def numbering_advice(targets):
+    """What to do about class ids [n] of training images that are not 0..C-1, each there."""
+    labels = np.unique(targets)
+    if labels[-1] - labels[0] + 1 == len(labels):
+        return f"labels start at {labels[0]}, they must start at 0: subtract {labels[0]} from every label"
+    missing = np.argmax(labels != np.arange(len(labels)))
+    return f"labels have gaps ({missing} has no image): number the {len(labels)} classes 0..{len(labels) - 1}"
+
+
 def check_lists(train, others, root, num_classes=None):
     """Refuse `Listing`s that cannot be one data set: a label out of range, a class without a training image,
-    an image in two splits, a folder that is not there. num_classes: C (None: as many as the training list
+    an image in two splits or with two labels, a folder that is not there. num_classes: C (None: as many as the training list
     has). Returns C. Raises ValueError with file and line."""
     C, last = num_classes, int(train.targets.argmax())
+    if train.targets.min() > 0 and min(listing.targets.min() for listing in others) > 0:
+        raise ValueError(f"{train.file}: {numbering_advice(train.targets)}")
     if C is None:
         C = int(train.targets[last]) + 1
         if C > len(train.names):  # some class has no image; do not count up to a label of 10^15
@@ -96,7 +258,8 @@ def check_lists(train, others, root, num_classes=None):
                              f"list {train.file}")
     if lacking.any():
         raise ValueError(f"{train.file}: class {lacking.argmax()} of 0..{C - 1} has no image "
-                         f"({lacking.sum()} such classes)")
+                         f"({lacking.sum()} such classes); {numbering_advice(train.targets)}")
+
     seen = {}  # name: (listing, its place there)
     for listing in (train, *others):
         for i, name in enumerate(listing.names):
@@ -104,45 +267,10 @@ def check_lists(train, others, root, num_classes=None):
             if first is not listing:
                 raise ValueError(f"{listing.where(i)}: {name} is in another split too "
                                  f"({first.where(place)}); is this the right list?")
+            if first.targets[place] != listing.targets[i]:
+                raise ValueError(f"{listing.where(i)}: {name} has label {listing.targets[i]} here and "
+                                 f"{first.targets[place]} in {first.unit} {place + 1}")
         folder = Path(root, listing.names[0]).parent
         if not folder.is_dir():
-            raise ValueError(f"no such folder: {folder} ({listing.where(0)} names {listing.names[0]})")
+            raise MissingFile(f"no such folder: {folder} ({listing.where(0)} names {listing.names[0]})")
     return C
-
-
-def scan(folder, class_names):
-    """Paths of the image files FOLDER/CLASS/*.jpg and their targets, class by class in the names' order. Raises
-    ValueError."""
-    ids = {class_name: i for i, class_name in enumerate(class_names)}
-    paths, targets = [], []
-    for class_name in class_folders(folder):
-        if class_name not in ids:
-            raise ValueError(f"{folder}/{class_name} is a class that the training images do not have")
-        files = sorted(f for f in Path(folder, class_name).iterdir() if f.suffix.lower() in IMAGE_ENDINGS)
-        paths += files
-        targets += [ids[class_name]] * len(files)
-    if not paths:
-        raise ValueError(f"no image files in {folder}")
-    return paths, targets
-
-
-def class_folders(folder, what="class folders"):
-    """Names of the folders in a folder, sorted. what: what must be there. Raises ValueError."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"no such folder: {folder} (looked for {what})")
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    if not names:
-        raise ValueError(f"no class folders in {folder}")
-    return names
-
-
-def first_side(paths):
-    """Longer side in pixels of the first of these files that is an image, None where there is none."""
-    from PIL import Image
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                return max(image.size)
-        except (OSError, SyntaxError, ValueError):  # the loader's business; the next one will do
-            continue
-    return None

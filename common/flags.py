@@ -129,7 +129,8 @@ class Parser(argparse.ArgumentParser):
 
         name = known.recipe or known.dataset
         if not known.recipe and name not in self.recipes:
-            name = "cifar100_lt" if (image_side(name, known.data_dir) or 32) <= 64 else "imagenet_lt"
+            side = image_side(name, known.data_dir, known.train_list) or 32
+            name = "cifar100_lt" if side <= 64 else "imagenet_lt"
         if name not in self.recipes:
             fail(f"unknown recipe {name!r}; known: {', '.join(self.recipes)}")
 

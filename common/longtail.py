@@ -3,6 +3,7 @@
 A split is either `Images` (decoded, one uint8 array in memory) or `ImageFiles` (paths, decoded by the
 loader's workers); both have `.targets`. Class ids are the data set's own and are not sorted by frequency.
 """
+import hashlib
 import os
 from dataclasses import dataclass
 
@@ -52,16 +53,31 @@ def cut_to_long_tail(targets, num_classes, imb_factor, n_max=None, order=None, s
 
     n_max: images of the largest class (None: what it has). order: class ids from head to tail (None: by
     size, ties by id). A class with fewer images than the rule asks for keeps what it has, and says so once.
+    Raises ValueError where the rule leaves the rarest class nothing.
     """
     available = np.bincount(targets, minlength=num_classes)
     order = np.argsort(-available, kind="stable") if order is None else np.asarray(order)
+    n_max = available.max() if n_max is None else n_max
+
     counts = np.zeros(num_classes, np.int64)
-    counts[order] = long_tail_counts(num_classes, available.max() if n_max is None else n_max, imb_factor)
+    counts[order] = long_tail_counts(num_classes, n_max, imb_factor)
+    if counts.min() < 1:
+        works = next(factor for factor in range(int(n_max), 0, -1)
+                     if long_tail_counts(num_classes, n_max, factor)[-1] >= 1)
+        raise ValueError(f"--imb-factor {imb_factor:g}, with {n_max:g} images in the largest class, leaves the "
+                         f"rarest one no training image; at most --imb-factor {works} works")
+
     short = np.flatnonzero(counts > available)
     if len(short):
-        print(f"note: {len(short)} classes have fewer images than the long-tailed rule asks for; "
-              "they keep what they have", flush=True)
+        note(f"{len(short)} classes have fewer images than the long-tailed rule asks for; they keep what they "
+             "have")
     return long_tail_indices(targets, np.minimum(counts, available), seed)
+
+
+def note(text):
+    """Print a line about the data, once: under torchrun the first process says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", flush=True)
 
 
 # ---------------------------------------------------------------- splits
@@ -124,6 +140,7 @@ class Dataset:
             if split.targets.min() < 0 or split.targets.max() >= self.num_classes:
                 raise ValueError(f"{name}: {part} labels must lie in 0..{self.num_classes - 1}, "
                                  f"found {split.targets.min()}..{split.targets.max()}")
+
         self.class_counts = np.bincount(train.targets, minlength=self.num_classes)
         empty = np.flatnonzero(self.class_counts == 0)
         if len(empty):
@@ -138,9 +155,54 @@ class Dataset:
 
     def subset(self, indices):
         """The same data set with the training images at these indices alone."""
-        return Dataset(self.name, self.train.subset(indices), self.val, self.test, self.class_names,
-                       self.mean, self.std, self.image_size, self.color_jitter)
+        return self.with_splits(self.train.subset(indices), self.val, self.test)
 
+    def with_splits(self, train, val, test):
+        """The same data set with these splits."""
+        return Dataset(self.name, train, val, test, self.class_names, self.mean, self.std, self.image_size,
+                       self.color_jitter)
+
+
+def balanced_subset(data, images_per_class):
+    """A data set whose training split keeps the first `images_per_class` images of every class, in stored
+    order (ImageNet-BAL: 160 of ImageNet). Raises ValueError where a class has fewer."""
+    targets = data.train.targets
+    short = np.flatnonzero(data.class_counts < images_per_class)
+    if images_per_class < 1 or len(short):
+        raise ValueError(f"cannot take {images_per_class} images of every class: " + (
+            "at least 1 is needed" if images_per_class < 1 else
+            f"class {data.class_names[short[0]]} has {data.class_counts[short[0]]}"))
+    kept = np.sort(np.concatenate([np.flatnonzero(targets == c)[:images_per_class]
+                                   for c in range(data.num_classes)]))
+    return data.subset(kept)
+
+
+def fingerprint(data):
+    """A hexadecimal string that is the same for the same data set, wherever its files lie.
+
+    It is of the class names, of each split's targets, and of the paths relative to the folder that all files
+    have in common, or of decoded images: about 4 MB of them, evenly spread.
+    """
+    digest = hashlib.sha256(repr([str(name) for name in data.class_names]).encode())
+    splits = [(part, getattr(data, part)) for part in ("train", "val", "test") if getattr(data, part)]
+    paths = {part: list(map(os.path.abspath, split.paths.tolist())) for part, split in splits
+             if isinstance(split, ImageFiles)}
+    root = os.path.commonpath([os.path.dirname(path) for some in paths.values() for path in some] or [b"/"])
+    start = len(root.rstrip(b"/")) + 1
+
+    for part, split in splits:
+        digest.update(f"{part} {len(split)}".encode())
+        digest.update(split.targets.astype("<i8").tobytes())
+        if part in paths:
+            digest.update(b"\n".join(path[start:] for path in paths[part]))
+        else:
+            step = split.images.nbytes // 4_000_000 + 1
+            digest.update(repr(split.images.shape).encode())
+            digest.update(np.ascontiguousarray(split.images[::step]).tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- pixels
 
 def as_rgb(images, border=0):
     """uint8 [n, H, W] or [n, H, W, 3] -> [n, H + 2 border, W + 2 border, 3], the border black."""
@@ -166,19 +228,3 @@ def moments(histograms):
     means = [float(h @ values / h.sum()) for h in histograms]
     stds = [float(np.sqrt(h @ (values - m) ** 2 / h.sum())) or 1.0 for h, m in zip(histograms, means)]
     return means, stds
-
-
-
-
-def balanced_subset(data, images_per_class):
-    """A data set whose training split keeps the first `images_per_class` images of every class, in stored
-    order (ImageNet-BAL: 160 of ImageNet). Raises ValueError where a class has fewer."""
-    targets = data.train.targets
-    short = np.flatnonzero(data.class_counts < images_per_class)
-    if images_per_class < 1 or len(short):
-        raise ValueError(f"cannot take {images_per_class} images of every class: " + (
-            "at least 1 is needed" if images_per_class < 1 else
-            f"class {data.class_names[short[0]]} has {data.class_counts[short[0]]}"))
-    kept = np.sort(np.concatenate([np.flatnonzero(targets == c)[:images_per_class]
-                                   for c in range(data.num_classes)]))
-    return data.subset(kept)

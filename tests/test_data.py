@@ -393,7 +393,7 @@ def test_a_folder_gives_every_image_its_class(tmp_path):
             assert path.startswith(str(tmp_path / part / data.class_names[target]))
     assert sorted(names_of(data.train)) == sorted(str(f) for f in (tmp_path / "train").rglob("*.[pP]*"))
     assert data.image_size == 20  # small images keep their size, by the longer side
-    assert load("folder", write_tree(tmp_path / "b", {"a": 1})).val is None
+    assert load("folder", write_tree(tmp_path / "b", {"a": 1, "b": 1})).val is None
 
 
 def test_a_folder_is_cut_with_its_largest_class_as_n_max(tmp_path):
@@ -405,9 +405,11 @@ def test_a_folder_is_cut_with_its_largest_class_as_n_max(tmp_path):
     assert names_of(cut.test) == names_of(whole.test)
 
 
-def test_large_images_are_shown_at_224_pixels(tmp_path):
-    assert load("folder", write_tree(tmp_path / "a", {"a": 1}, side=(10, 65))).image_size == 224
-    assert load("folder", write_tree(tmp_path / "b", {"a": 1}, side=(10, 64))).image_size == 64
+def test_large_images_are_shown_at_224_pixels_and_it_is_said(tmp_path, capsys):
+    for name, side, shown in (("a", 65, 224), ("b", 64, 64)):
+        root = write_tree(tmp_path / name, {"a": 1, "b": 1}, side=(10, side))
+        assert load("folder", root).image_size == shown
+        assert f"shown at {shown} pixels: the longer side of those looked at is {side}" in capsys.readouterr().out
 
 
 def test_bad_folders_are_refused_by_name(tmp_path):
@@ -432,14 +434,13 @@ def test_bad_folders_are_refused_by_name(tmp_path):
 
 def test_a_folder_whose_first_image_is_damaged_is_no_traceback(tmp_path):
     # What --skip-bad-images is for; the size must then come from another image, or the error be a ValueError
-    root = write_tree(tmp_path, {"a": 3})
+    root = write_tree(tmp_path, {"a": 3, "b": 3})
     (root / "train" / "a" / "0.png").write_bytes(b"junk")
-    try:
-        data = load("folder", root)
-    except ValueError as reason:
-        assert "0.png" in str(reason)
-    else:
-        assert data.image_size == 20
+    assert load("folder", root).image_size == 20
+    for path in root.rglob("train/*/*.png"):
+        path.write_bytes(b"junk")
+    with pytest.raises(ValueError, match="none of the image files in .* can be decoded"):
+        load("folder", root)
 
 
 # ---------------------------------------------------------------- load and image_side
