@@ -145,7 +145,7 @@ def _order_classes(model, saved, names, path):
 
     order = torch.tensor([have.index(name) for name in names])
     for name, value in model.state_dict().items():
-        if {"classifier", "known"} & set(name.split(".")) and value.ndim > 0:  # not the scale that all share
+        if {"classifier", "known", "head"} & set(name.split(".")) and value.ndim > 0:  # not the scale of all
             value.copy_(value[order])
     saved["class_names"] = names
     saved["class_counts"] = [saved["class_counts"][i] for i in order]

@@ -40,6 +40,7 @@ class Run:
 
     def __init__(self, method, args):
         self.method, self.args, self.loaders, self.stages = method, args, [], []
+        self.folder = None
         self.device = start_ranks(args.device)
         self.autocast = autocast(self.device, args.amp)
         if args.sync_bn and (self.device.type != "cuda" or ranks() == 1):
@@ -167,7 +168,8 @@ class Run:
 
     def add(self, name, result):
         """An entry of result.json's stages; the last one is the run's own."""
-        self.stages.append({"name": name, **result, **self.folder.state.get("done", {}).get(name, UNTRAINED)})
+        done = self.folder.state.get("done", {}) if self.folder else {}
+        self.stages.append({"name": name, **result, **done.get(name, UNTRAINED)})
 
     def finish(self):
         """Write result.json, print the table. Returns result.json's content."""
@@ -212,7 +214,7 @@ class Run:
 
         stats = {"best_all": state["best_all"], "seconds": state["seconds"],
                  "images_per_second": state["images"] / state["seconds"],
-                 "peak_memory_mb": peak_memory(self.device)}
+                 "peak_memory_mb": peak_memory(self.device), **state["means"]}
         save_net(path, self.method, model, self.data, augmentation=augmentation, **about)
         self.folder.save(done={**done, name: stats})
 
@@ -226,11 +228,11 @@ class Run:
 
     def _open_stage(self, name, parts, optimizer):
         """What is saved of a stage besides these two, at its start; or what was saved in its middle, after
-        loading these two. step, losses [terms, step]: of the epoch in progress; best_all: percent; seconds:
-        of training."""
+        loading these two. step, losses [terms, step]: of the epoch in progress; means: the last epoch's losses;
+        best_all: percent, None before any score; seconds: of training."""
         if self.folder.state.get("stage") != name:
-            return {"stage": name, "epoch": 0, "step": 0, "losses": torch.zeros(0), "best_all": 0.0,
-                    "seconds": 0.0, "images": 0}
+            return {"stage": name, "epoch": 0, "step": 0, "losses": torch.zeros(0), "means": {},
+                    "best_all": None, "seconds": 0.0, "images": 0}
         parts.load_state_dict(self.folder.state["model"])
         optimizer.load_state_dict(self.folder.state["optimizer"])
         return self.folder.state["progress"]
@@ -283,8 +285,9 @@ class Epoch:
 
         average_buffers(self.parts)
         losses = self._check_finite(self.losses)
-        state.update(seconds=time.time() - started, images=state["images"] + len(indices))
-        self.row = dict(zip(state["terms"], losses.mean(1).tolist()))
+        state.update(seconds=time.time() - started, images=state["images"] + len(indices),
+                     means=dict(zip(state["terms"], losses.mean(1).tolist())))
+        self.row = dict(state["means"])
 
     def _bar(self, batches, steps):
         return tqdm(batches, f"{self.stage}, epoch {self.number + 1}", steps * self.run.args.grad_accumulation,
@@ -301,7 +304,8 @@ class Epoch:
     def log(self, **row):
         """Add to the epoch's line of log.jsonl."""
         self.row.update(row)
-        self.state["best_all"] = max(self.state["best_all"], row.get("all", 0.0))
+        scored = [value for value in (self.state["best_all"], row.get("all")) if value is not None]
+        self.state["best_all"] = max(scored, default=None)
 
     def close(self):
         """Write log.jsonl's line and a checkpoint; then print."""

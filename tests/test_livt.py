@@ -1,4 +1,5 @@
 """livt.py: losses and their theory, decodings, schedule, both stages, resuming, bad input."""
+import argparse
 import json
 import math
 from pathlib import Path
@@ -13,7 +14,7 @@ from common.data import load
 from common.evaluate import scores
 from common.loader import normalise
 from common.vit import MAE, VIT_SIZES, ViT
-from tests.tiny import same_weights, tiny_npz, weights
+from tests.tiny import one_error, same_weights, tiny_npz, weights
 
 COUNTS = torch.tensor([500, 120, 30, 9])
 NET = ("--image-size", "8", "--patch-size", "2", "--width", "16", "--depth", "2", "--heads", "2",
@@ -381,7 +382,7 @@ def test_scores_are_those_of_the_saved_nets_by_both_decodings(full):
     for loss, file in (("balanced-bce", "model.pt"), ("bce", "model_bce.pt"), ("ce", "model_ce.pt"),
                        ("balanced-ce", "model_balanced-ce.pt")):
         model, saved = livt.load_model(folder / "run" / file)
-        assert saved["what"] == loss and not model.training
+        assert saved["loss"] == loss and not model.training
         with torch.no_grad():
             logits = model(images)[0]
         expected = scores(logits, targets, data.class_counts)
@@ -412,22 +413,36 @@ def test_pre_training_sees_no_label(full, tmp_path):
     assert same_weights(tmp_path / "run" / "mgp.pt", folder / "run" / "mgp.pt")
 
 
-def test_from_scratch_has_no_stage_one_and_no_layer_decay(tmp_path, monkeypatch):
-    seen, train_stage = {}, livt.train_stage
+def first_step(folder, *flags):
+    """last.pt of a run that is stopped behind its first step."""
+    with pytest.raises(SystemExit) as stopped:
+        run(folder, "--time-limit", "0", "--warmup-epochs", "0", "--mgp-warmup-epochs", "0", *flags, name="cut")
+    assert stopped.value.code == 0
+    return torch.load(folder / "cut" / "last.pt", weights_only=True)
 
-    def spy(name, model, loss_of, augmentation, settings, *rest):
-        seen[name] = (augmentation, settings["scale_of"]("class_token"), settings)
-        return train_stage(name, model, loss_of, augmentation, settings, *rest)
-    monkeypatch.setattr(livt, "train_stage", spy)
+
+def test_lr_is_given_for_256_images_and_decays_from_layer_to_layer_but_from_scratch(full, tmp_path):
+    mgp, bft = ["--mgp-lr", "0.004", "--mgp-batch-size", "32"], ["--lr", "0.01", "--batch-size", "16"]
+    tuned = ["--mgp-checkpoint", str(full[0] / "run" / "mgp.pt")]
+    for name, flags, peak, factors in (
+            ("mgp", mgp, 0.004 * 32 / 256, {0}),
+            ("tuned", [*bft, *tuned], 0.01 * 16 / 256, {0, 1, 2, 3}),  # embedding, two blocks, classifier
+            ("other", [*bft, *tuned, "--layer-decay", "0.5"], 0.01 * 16 / 256, {0, 1, 2, 3}),
+            ("scratch", [*bft, "--from-scratch"], 0.01 * 16 / 256, {0})):
+        (tmp_path / name).mkdir()
+        groups = first_step(tmp_path / name, *flags)["optimizer"]["param_groups"]
+        decay = 0.5 if name == "other" else 0.75
+        expected = sorted(peak * decay ** factor for factor in factors)
+        assert sorted({group["lr"] for group in groups}) == pytest.approx(expected, rel=1e-9), name
+
+
+def test_from_scratch_has_no_stage_one(tmp_path):
     result = run(tmp_path, "--from-scratch", "--augment", "plain", "--loss", "ce")
     assert [stage["name"] for stage in result["stages"]] == ["ce, from scratch, Bayes decoding",
                                                           "ce, from scratch"]
-    assert seen["ce, from scratch"][:2] == ("standard", 1.0)
-    run(tmp_path, "--loss", "bce", name="tuned")
-    assert seen["bce"][:2] == ("strong", pytest.approx(0.75 ** 3)) and seen["mgp"][:2] == ("resized", 1.0)
-    # lr is given for 256 images
-    assert seen["bce"][2]["lr"] == pytest.approx(0.01 * 16 / 256)
-    assert seen["mgp"][2]["lr"] == pytest.approx(livt.RECIPES["cifar100_lt"]["mgp_lr"] * 32 / 256)
+    saved = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
+    assert (saved["augmentation"], saved["loss"]) == ("standard", "ce")
+    assert not (tmp_path / "run" / "mgp.pt").exists()
 
 
 def test_a_larger_image_size_interpolates_the_checkpoint_s_positions(full, tmp_path):
@@ -461,26 +476,31 @@ def test_training_learns_colours(tmp_path):
     assert result["all"] > 80
 
 
-@pytest.mark.parametrize("stop", [("mgp", 2), ("bce", 1), ("balanced-bce", 2)])
-def test_a_run_resumed_in_the_middle_of_any_stage_ends_with_the_same_weights(tmp_path, monkeypatch, stop):
-    run(tmp_path, name="whole")
-    original = livt.runtime.Run.save
-
-    def stop_here(self, **state):
-        original(self, **state)
-        if (state.get("stage"), state.get("progress", {}).get("epoch")) == stop:
-            raise KeyboardInterrupt
-    monkeypatch.setattr(livt.runtime.Run, "save", stop_here)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, name="cut")
-    monkeypatch.setattr(livt.runtime.Run, "save", original)
-    run(tmp_path, "--resume", name="cut")
+def test_a_run_that_is_stopped_behind_every_step_ends_with_the_same_weights(tmp_path):
+    flags = ("--epochs", "1", "--mgp-epochs", "1", "--batch-size", "41")
+    run(tmp_path, *flags, name="whole")
+    stops = 0
+    while not (tmp_path / "cut" / "result.json").exists():
+        try:
+            run(tmp_path, *flags, "--time-limit", "0", "--resume", name="cut")
+        except SystemExit as stopped:
+            assert stopped.code == 0
+            stops += 1
+    assert stops == 3 + 2 + 2  # pre-training in batches of 32, and two losses
     for file in ("mgp.pt", "model.pt", "model_bce.pt"):
         assert same_weights(tmp_path / "whole" / file, tmp_path / "cut" / file), file
     rows = [[{k: v for k, v in json.loads(line).items() if k != "seconds"}
              for line in (tmp_path / name / "log.jsonl").read_text().splitlines()[1:]]
             for name in ("whole", "cut")]
     assert rows[0] == rows[1]
+
+
+def test_pre_training_that_diverges_ends_in_one_error_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, "--stage", "mgp", "--mgp-lr", "1e6")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: mgp diverged") and error.count("\n") == 1
+    assert not (tmp_path / "run" / "mgp.pt").exists() and not (tmp_path / "run" / "result.json").exists()
 
 
 def test_accumulated_gradients_give_the_large_batch_s_update(tmp_path):
@@ -496,36 +516,73 @@ def test_accumulated_gradients_give_the_large_batch_s_update(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--patch-size", "3"], "multiple of the patch size"), (["--heads", "3"], "number of heads"),
     (["--mask-ratio", "1"], "mask ratio"), (["--mask-ratio", "0"], "mask ratio"),
-    (["--mask-ratio", "nan"], "--mask-ratio must be a number"), (["--mask-ratio", "0.99"], "keeps 0 of 16"),
-    (["--tau", "-1"], "--tau"), (["--tau", "nan"], "--tau"), (["--mixup", "-1"], "--mixup"),
-    (["--label-smoothing", "1"], "--label-smoothing"), (["--layer-decay", "0"], "--layer-decay"),
-    (["--drop-path", "1"], "drop path"), (["--warmup-epochs", "-1"], "--warmup-epochs"),
-    (["--mgp-warmup-epochs", "nan"], "--mgp-warmup-epochs"), (["--decoder-heads", "3"], "number of heads"),
-    (["--decoder-depth", "0"], "--decoder-depth"), (["--width", "18"], "multiple of 4"),
+    (["--mask-ratio", "nan"], "--mask-ratio"), (["--mask-ratio", "0.99"], "keeps 0 of 16"),
+    (["--tau", "-1"], "--tau"), (["--label-smoothing", "1.1"], "--label-smoothing"),
+    (["--layer-decay", "-1"], "--layer-decay"), (["--drop-path", "1"], "drop path"),
+    (["--decoder-heads", "3"], "number of heads"), (["--width", "18"], "multiple of 4"),
+    (["--mgp-batch-size", "30", "--batch-size", "16", "--grad-accumulation", "4"], "multiple"),
     (["--stage", "bft"], "--mgp-checkpoint FILE"), (["--from-scratch", "--stage", "mgp"], "--from-scratch"),
     (["--from-scratch", "--mgp-checkpoint", "x.pt"], "--from-scratch"),
-    (["--stage", "mgp", "--mgp-checkpoint", "x.pt"], "--stage mgp"),
-    (["--mgp-checkpoint", "none.pt"], "no such checkpoint: none.pt"), (["--loss", "bce", "bce"], "twice"),
+    (["--stage", "mgp", "--mgp-checkpoint", "x.pt"], "--stage mgp"), (["--mgp-checkpoint", ""], "empty"),
+    (["--mgp-checkpoint", "none.pt"], "no such file: none.pt"), (["--loss", "bce", "bce"], "twice"),
     (["--images-per-class", "6"], "class 3 has 5"), (["--images-per-class", "0"], "at least 1"),
-    (["--batch-size", "0"], "--batch-size"), (["--evaluate-on", "val"], "no validation images"),
     (["--image-size", "0"], "--image-size")])
 def test_bad_input_is_one_error_line_and_writes_nothing(tmp_path, capsys, flags, words):
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, *flags)
-    captured = capsys.readouterr()
-    assert stopped.value.code == 2 and captured.err.startswith("error: ") and captured.err.count("\n") == 1
-    assert words in captured.err and not (tmp_path / "run").exists()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert words in error and not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_of_another_net_or_kind_is_refused_and_the_difference_named(full, tmp_path, capsys):
+# ---------------------------------------------------------------- checkpoints of stage one, ours and public
+
+def public_names(encoder, patch_size):
+    """An encoder's weights as facebookresearch/mae and timm name and lay them out."""
+    state = {}
+    for name, value in encoder.items():
+        if name == "patch_embed.weight":  # [D, p, p, 3] -> a convolution's [D, 3, p, p]
+            value = value.reshape(-1, patch_size, patch_size, 3).permute(0, 3, 1, 2)
+        for ours, theirs in (("class_token", "cls_token"), ("positions", "pos_embed"),
+                             ("patch_embed.", "patch_embed.proj."), (".qkv.", ".attn.qkv."),
+                             (".project.", ".attn.proj."), (".mlp.0.", ".mlp.fc1."), (".mlp.2.", ".mlp.fc2.")):
+            name = name.replace(ours, theirs)
+        state[name] = value.contiguous()
+    return state
+
+
+def test_a_public_encoder_gives_the_net_that_ours_gives(full, tmp_path):
     folder, _ = full
     tiny_npz(tmp_path / "tiny.npz", CLASS_COUNTS)
-    mgp, model = str(folder / "run" / "mgp.pt"), str(folder / "run" / "model.pt")
-    for flags, words in ((["--mgp-checkpoint", mgp, "--width", "24"], "has width 16, not 24"),
-                         (["--mgp-checkpoint", mgp, "--depth", "3"], "has depth 2, not 3"),
-                         (["--mgp-checkpoint", mgp, "--patch-size", "4"], "has patch-size 2, not 4"),
-                         (["--mgp-checkpoint", model], "takes an mgp.pt"),
+    state = public_names(weights(folder / "run" / "mgp.pt"), patch_size=2)
+    args = argparse.Namespace(lr=1e-3, model="mae_vit_base_patch16")
+    mae = {**state, "mask_token": torch.zeros(1, 1, 8), "decoder_pred.weight": torch.zeros(12, 8)}
+    timm = {**state, "head.weight": torch.zeros(1000, 16), "head.bias": torch.zeros(1000)}
+    for name, content in (("mae", {"model": mae, "args": args, "epoch": 799}), ("timm", timm)):
+        torch.save(content, tmp_path / f"{name}.pth")
+        run(tmp_path, "--mgp-checkpoint", str(tmp_path / f"{name}.pth"), "--loss", "ce", name=name)
+        assert same_weights(tmp_path / name / "model.pt", folder / "run" / "model_ce.pt"), name
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda state: None, "a NoneType"), (lambda state: list(state.values()), "a list"),
+    (lambda state: {k: v for k, v in state.items() if k != "blocks.1.qkv.bias"}, "blocks.1.qkv.bias is missing"),
+    (lambda state: {**state, "blocks.1.gamma_1": torch.ones(16)}, "blocks.1.gamma_1"),
+    (lambda state: {**state, "patch_embed.bias": torch.ones(17)}, "patch_embed.bias is [17], not [16]"),
+    (lambda state: {**state, "positions": torch.ones(1, 18, 16)}, "positions is [1, 18, 16]")])
+def test_a_spoilt_checkpoint_of_stage_one_is_one_error_line(full, tmp_path, capsys, spoil, words):
+    saved = torch.load(full[0] / "run" / "mgp.pt", weights_only=True)
+    torch.save({**saved, "state_dict": spoil(saved["state_dict"])}, tmp_path / "spoilt.pt")
+    torch.save(spoil(saved["state_dict"]), tmp_path / "plain.pt")
+    for file in ("plain.pt",) if words.startswith("a ") else ("plain.pt", "spoilt.pt"):
+        error = one_error(run, capsys, tmp_path, "--mgp-checkpoint", str(tmp_path / file))
+        assert words in error, error
+
+
+def test_a_checkpoint_of_another_net_or_stage_is_refused_and_the_difference_named(full, tmp_path, capsys):
+    mgp = str(full[0] / "run" / "mgp.pt")
+    for flags, words in ((["--mgp-checkpoint", mgp, "--width", "24"], "class_token is [1, 1, 16], not [1, 1, 24]"),
+                         (["--mgp-checkpoint", mgp, "--depth", "3"], "blocks.2.norm1.weight is missing"),
+                         (["--mgp-checkpoint", mgp, "--patch-size", "4"], "patch_embed.weight is [16, 12]"),
                          (["--evaluate", mgp], "goes to --mgp-checkpoint")):
-        with pytest.raises(SystemExit):
-            run(tmp_path, *flags, name="none")
-        assert words in capsys.readouterr().err and not (tmp_path / "none").exists()
+        assert words in one_error(run, capsys, tmp_path, *flags)
