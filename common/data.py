@@ -73,24 +73,22 @@ def write_lists(data, folder, data_dir=None):
     """
     if not isinstance(data.train, ImageFiles):
         raise ValueError(f"{data.name} has no image files that lists could name")
-    splits = {"train": data.train, "test": data.test}
-    paths = {part: list(map(os.fsdecode, split.paths)) for part, split in splits.items()}
+    paths = {part: list(map(os.fsdecode, getattr(data, part).paths)) for part in ("train", "test")}
     if data_dir is None:
         data_dir = os.path.commonpath([os.path.dirname(path) for some in paths.values() for path in some])
-    os.makedirs(folder, exist_ok=True)
-    names_file = Path(folder, "train_list_classes.txt")
-    names_file.write_bytes(b"".join(os.fsencode(name) + b"\n" for name in data.class_names))
 
-    files = []
-    for part, split in splits.items():
-        names = [os.path.relpath(path, data_dir) for path in paths[part]]
-        files.append(Path(folder, f"{part}_list.txt"))
-        files[-1].write_bytes(b"".join(b"%s %d\n" % (os.fsencode(name), target)
-                                       for name, target in zip(names, split.targets.tolist())))
-        if read_list(files[-1]).names != names or read_list(files[0]).class_names != data.class_names:
-            raise ValueError(f"{files[-1]}: file names with line breaks, backslashes or spaces at their ends "
-                             "cannot stand in a list; rename them")
-    return str(files[0]), str(files[1]), str(data_dir)
+    os.makedirs(folder, exist_ok=True)
+    classes = b"".join(os.fsencode(name) + b"\n" for name in data.class_names)
+    Path(folder, "train_list_classes.txt").write_bytes(classes)
+    for part, some in paths.items():
+        names = [os.fsencode(os.path.relpath(path, data_dir)) for path in some]
+        for name in names:
+            if name != name.strip() or len(name.splitlines()) > 1 or b"\\" in name and b"/" not in name:
+                raise ValueError(f"{os.fsdecode(name)!r} cannot stand in a list: rename it, without line breaks, "
+                                 "backslashes and spaces at its ends")
+        Path(folder, f"{part}_list.txt").write_bytes(b"".join(
+            b"%s %d\n" % pair for pair in zip(names, getattr(data, part).targets.tolist())))
+    return str(Path(folder, "train_list.txt")), str(Path(folder, "test_list.txt")), str(data_dir)
 
 
 # ---------------------------------------------------------------- image files that cannot be read

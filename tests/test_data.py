@@ -1,8 +1,10 @@
 """The room common/data.py (and common/assets/make.py): counts, subsets, every builder, the embedded set."""
 import gzip
 import hashlib
+import os
 import pickle
 import re
+import shutil
 import struct
 import time
 from pathlib import Path
@@ -12,8 +14,9 @@ import pytest
 from PIL import Image
 
 from common.assets import make
-from common.data import (ASSETS, BUILDERS, FASHION_ORDER, Dataset, Images, cut_to_long_tail, image_side, load,
-                         long_tail_counts, long_tail_indices)
+from common.data import (ASSETS, BUILDERS, CUT, FASHION_ORDER, LISTED, SOURCES, Dataset, Images,
+                         cut_to_long_tail, fingerprint, image_side, leave_out_unreadable, load, long_tail_counts,
+                         long_tail_indices, main, write_lists)
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -114,6 +117,17 @@ def test_a_class_with_too_few_images_keeps_all_and_is_reported_once(capsys):
     assert capsys.readouterr().out.count("note:") == 1
     cut_to_long_tail(targets, 3, 60)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("sizes", [[10, 10, 10], [49, 30, 49], [7, 9, 8]])
+def test_a_factor_that_empties_a_class_is_named_with_the_largest_that_works(sizes):
+    targets = np.repeat([0, 1, 2], sizes)
+    with pytest.raises(ValueError, match="--imb-factor 100, with") as caught:
+        cut_to_long_tail(targets, 3, 100)
+    works = int(re.search(r"at most --imb-factor (\d+) works", str(caught.value))[1])
+    assert np.bincount(targets[cut_to_long_tail(targets, 3, works)], minlength=3).min() == 1
+    with pytest.raises(ValueError):
+        cut_to_long_tail(targets, 3, works + 1)
 
 
 # ---------------------------------------------------------------- CIFAR and Fashion-MNIST on disk
@@ -376,7 +390,7 @@ def write_tree(root, sizes, parts=("train", "test"), side=(20, 12)):
 
 
 def names_of(split):
-    return [bytes(path).decode() for path in split.paths]
+    return [os.fsdecode(path) for path in split.paths]
 
 
 def test_a_folder_gives_every_image_its_class(tmp_path):
@@ -443,6 +457,152 @@ def test_a_folder_whose_first_image_is_damaged_is_no_traceback(tmp_path):
         load("folder", root)
 
 
+# ---------------------------------------------------------------- a test split of one's own, lists of it
+
+SIZES = {"zebra": 1, "ant": 10, "bee": 2, "cat": 25}
+
+
+def test_a_fraction_of_each_class_is_set_aside_for_testing(tmp_path, capsys):
+    root = write_tree(tmp_path, SIZES, ("train",))
+    data = load("folder", root, test_fraction=0.2)
+    assert data.class_names == ["ant", "bee", "cat", "zebra"]
+    assert np.bincount(data.test.targets, minlength=4).tolist() == [2, 1, 5, 0]  # never all of a class
+    assert data.class_counts.tolist() == [8, 1, 20, 1]
+    assert "8 of 38 images are set aside for testing (0.2 of each class, drawn by --subset-seed 0); 1 classes " \
+        "have one image" in capsys.readouterr().out
+    train, test = names_of(data.train), names_of(data.test)
+    assert not set(train) & set(test) and len(set(train + test)) == 38
+    assert names_of(load("folder", root, test_fraction=0.2).test) == test
+    assert names_of(load("folder", root, test_fraction=0.2, seed=1).test) != test
+    (root / "train").rename(root / "other")  # the classes' folders may lie in --data-dir itself
+    assert len(load("folder", root / "other", test_fraction=0.2).test) == 8
+
+
+def test_a_fraction_is_refused_where_it_has_no_sense(tmp_path):
+    root = write_tree(tmp_path, SIZES)
+    with pytest.raises(ValueError, match="there is a folder .*test: leave out --test-fraction"):
+        load("folder", root, test_fraction=0.2)
+    shutil.rmtree(root / "test")
+    with pytest.raises(ValueError, match=r"no such folder: .*test \(--test-fraction 0.2 sets"):
+        load("folder", root)
+    for fraction in (0, 1, -0.2, 7, float("nan")):
+        with pytest.raises(ValueError, match="--test-fraction must lie between 0 and 1"):
+            load("folder", root, test_fraction=fraction)
+    for name, lists in (("fashion_lt", {}), ("imagenet_lt", {}), ("a.npz", {}),
+                        ("folder", {"test_list": "a.txt"})):
+        with pytest.raises(ValueError, match="--test-fraction is for images without a test split"):
+            load(name, root, test_fraction=0.2, **lists)
+
+
+@pytest.mark.parametrize("data_dir", ["given", None])
+def test_written_lists_load_as_the_same_data_set(tmp_path, data_dir):
+    root = write_tree(tmp_path / "set of mine", {**SIZES, "b\udcff é": 3, "deep/er": 2}, ("train",))
+    data = load("folder", root, test_fraction=0.2)
+    written = write_lists(data, tmp_path / "run", root if data_dir else None)
+    assert written == (str(tmp_path / "run" / "train_list.txt"), str(tmp_path / "run" / "test_list.txt"),
+                       str(root if data_dir else root / "train"))
+    train_list, test_list, data_dir = written
+    listed = load("folder", data_dir, train_list=train_list, test_list=test_list)
+    for part in ("train", "test"):
+        ours, theirs = getattr(data, part), getattr(listed, part)
+        assert names_of(ours) == names_of(theirs) and ours.targets.tolist() == theirs.targets.tolist()
+    assert listed.class_names == data.class_names and listed.image_size == data.image_size
+    assert fingerprint(listed) == fingerprint(data)
+    split = load("folder", data_dir, train_list=train_list, test_fraction=0.5)
+    assert np.bincount(split.test.targets, minlength=6).tolist() == [4, 0, 1, 10, 0, 0]
+
+
+def test_names_that_cannot_stand_in_a_list_are_refused(tmp_path):
+    root = write_tree(tmp_path / "set", {"a": 2, "b": 2})
+    (root / "train" / "a" / "0.png").rename(root / "train" / "a" / "0\n.png")
+    with pytest.raises(ValueError, match="0.n.png' cannot stand in a list"):
+        write_lists(load("folder", root), tmp_path / "run", root)
+    with pytest.raises(ValueError, match="has no image files"):
+        write_lists(load("fashion_lt"), tmp_path / "run")
+
+
+# ---------------------------------------------------------------- the same data or not
+
+def test_a_fingerprint_is_of_what_is_in_a_data_set_not_of_where_it_lies(tmp_path, monkeypatch):
+    write_tree(tmp_path / "a", {"ant": 3, "bee": 2})
+    shutil.copytree(tmp_path / "a", tmp_path / "deep" / "er" / "b")
+    monkeypatch.chdir(tmp_path)
+    found = {fingerprint(load("folder", root)) for root in (tmp_path / "a", "a", "deep/er/b", "a/../a")}
+    assert len(found) == 1 and re.fullmatch("[0-9a-f]{32,}", found.pop())
+    arrays = arrays_of()
+    np.savez(tmp_path / "x.npz", **arrays)
+    np.savez_compressed(tmp_path / "deep" / "y.npz", **arrays)
+    assert fingerprint(load("x.npz")) == fingerprint(load(tmp_path / "deep" / "y.npz"))
+
+
+def test_a_fingerprint_sees_names_labels_pixels_and_files(tmp_path):
+    arrays = {**arrays_of(), "class_names": np.array(["a", "b", "c"])}
+    flipped = arrays["x_test"].copy()
+    flipped[1, 2, 3] ^= 1
+    variants = [arrays, {**arrays, "class_names": np.array(["b", "a", "c"])}, {**arrays, "x_test": flipped},
+                {**arrays, "y_train": arrays["y_train"][[1, 0, 2, 3, 4, 5]]},
+                {**arrays, "y_test": arrays["y_test"][::-1][[1, 0, 2, 3]]},
+                {**arrays, "x_val": arrays["x_test"], "y_val": arrays["y_test"]}]
+    found = []
+    for i, variant in enumerate(variants):
+        np.savez(tmp_path / f"{i}.npz", **variant)
+        found.append(fingerprint(load(tmp_path / f"{i}.npz")))
+    root = write_tree(tmp_path / "tree", {"ant": 3, "bee": 2})
+    found.append(fingerprint(load("folder", root)))
+    (root / "train" / "ant" / "0.png").rename(root / "train" / "ant" / "00.png")
+    found.append(fingerprint(load("folder", root)))
+    assert len(set(found)) == len(found)
+
+
+# ---------------------------------------------------------------- files that cannot be read
+
+def test_unreadable_files_do_not_count(tmp_path, capsys):
+    sizes = {"a": 6, "b": 4, "c": 2}
+    root = write_tree(tmp_path, {name: 2 * size for name, size in sizes.items()})
+    for i, path in enumerate(sorted((root / "train").rglob("*.png"))):
+        if i % 2:  # the same number of each class
+            path.write_bytes(path.read_bytes()[:40] if i % 4 == 1 else b"")
+    (root / "test" / "a" / "0.png").write_bytes(b"junk")
+    whole = load("folder", root)
+    data = leave_out_unreadable(whole, workers=2)
+    assert whole.class_counts.tolist() == [12, 8, 4] and data.class_counts.tolist() == [6, 4, 2]
+    assert len(data.test) == 5 and data.class_names == whole.class_names
+    shown = capsys.readouterr().out
+    assert "13 unreadable image files are left out" in shown and shown.count("train: cannot decode ") == 12
+    assert f"test: cannot decode {root}/test/a/0.png: " in shown
+    assert leave_out_unreadable(data) is data and "left out" not in capsys.readouterr().out
+    embedded = load("fashion_lt")
+    assert leave_out_unreadable(embedded) is embedded
+
+
+@pytest.mark.parametrize("emptied, message", [("train/b", r"class 1 \(b\) has no training image"),
+                                              ("test", "the test split has no images")])
+def test_a_class_or_split_of_which_nothing_is_left_is_one_line(tmp_path, emptied, message):
+    root = write_tree(tmp_path, {"a": 2, "b": 2})
+    for path in (root / emptied).rglob("*.png"):
+        path.write_bytes(b"junk")
+    with pytest.raises(ValueError, match=f"{message}.*without its unreadable files; the first is"):
+        leave_out_unreadable(load("folder", root))
+
+
+def test_readable_files_are_looked_at_once(tmp_path, monkeypatch, capsys):
+    from common import data as room
+    root, cache, read = write_tree(tmp_path / "set", {"a": 3, "b": 3}), tmp_path / "readable", []
+    monkeypatch.setattr(room, "read_image", lambda path, real=room.read_image: read.append(path) or real(path))
+    (root / "train" / "a" / "0.png").write_bytes(b"junk")
+    looked_at = lambda: (read.clear(), leave_out_unreadable(load("folder", root), cache=cache), sorted(
+        os.path.relpath(path, root) for path in read))[2]
+    assert len(looked_at()) == 10
+    assert looked_at() == ["train/a/0.png"]  # only what could not be read
+    shutil.copy(root / "train" / "a" / "1.png", root / "train" / "a" / "0.png")
+    (root / "test" / "b" / "1.png").write_bytes(b"damaged later")
+    assert looked_at() == ["test/b/1.png", "train/a/0.png"]
+    cache.write_bytes(cache.read_bytes()[:50])
+    capsys.readouterr()
+    assert len(looked_at()) == 10 and "is damaged" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("readable")] == ["readable"]
+
+
 # ---------------------------------------------------------------- load and image_side
 
 def test_an_unknown_data_set_is_told_the_known_ones():
@@ -450,6 +610,19 @@ def test_an_unknown_data_set_is_told_the_known_ones():
         load("mnist_of_mars")
     assert all(name in str(caught.value) for name in BUILDERS)
     assert {"fashion_lt", "cifar10_lt", "cifar100_lt", "fashion_mnist_lt", "folder"} <= set(BUILDERS)
+
+
+@pytest.mark.parametrize("name", [*LISTED, *CUT])
+def test_an_error_names_where_a_data_set_is_had(name, tmp_path, monkeypatch, capsys):
+    for variable in ("http_proxy", "https_proxy"):  # a closed port refuses at once: no network, for urllib
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setattr("common.builders.find_spec", lambda package: True)
+    with pytest.raises(SystemExit):
+        main([name, "--data-dir", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.rstrip().endswith(f"{name} is had from {SOURCES[name]}")
+    assert set(SOURCES) == {*BUILDERS} - {"fashion_lt", "folder"}
 
 
 @pytest.mark.parametrize("factor", [0.5, -1, float("nan")])
