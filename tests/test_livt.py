@@ -331,10 +331,10 @@ def test_recipes_are_the_paper_s_where_it_says_so_and_flags_win():
     assert (large.arch, large.image_size, large.patch_size, large.mask_ratio) == ("base", 224, 16, 0.75)
     assert (large.mgp_epochs, large.mgp_warmup_epochs, large.mgp_batch_size, large.mgp_lr) == (
         800, 40, 4096, 1.5e-4)
-    assert (large.epochs, large.batch_size, large.lr, large.tau) == (100, 1024, 1e-3, 1.0)
+    assert (large.epochs, large.batch_size, large.lr, large.tau) == (100, 1024, 2.5e-4, 1.0)  # peak 1e-3
     assert (large.decoder_width, large.decoder_depth, large.decoder_heads) == (512, 8, 16)
     assert (large.mixup, large.cutmix, large.drop_path, large.weight_decay) == (0.8, 1.0, 0.1, 0.05)
-    assert settings("--dataset", "inat18").drop_path == 0.2
+    assert (settings("--dataset", "inat18").drop_path, settings("--dataset", "inat18").lr) == (0.2, 1e-3)
     places = settings("--dataset", "places_lt")
     assert (places.epochs, places.tau) == (30, 1.05)
     assert settings("--dataset", "places_lt", "--tau", "1").tau == 1
@@ -468,7 +468,7 @@ def test_evaluate_scores_a_saved_net_and_writes_nothing(full, tmp_path, capsys):
     tiny_npz(tmp_path / "tiny.npz", CLASS_COUNTS)
     again = run(tmp_path, "--evaluate", str(folder / "run" / "model.pt"), name="none")
     assert again["per_class_accuracy"] == result["per_class_accuracy"]
-    assert "model, Bayes decoding" in capsys.readouterr().out and not (tmp_path / "none").exists()
+    assert "model.pt, Bayes decoding" in capsys.readouterr().out and not (tmp_path / "none").exists()
 
 
 def test_training_learns_colours(tmp_path):
