@@ -114,6 +114,8 @@ class Parser(argparse.ArgumentParser):
         add("--seed", type=index, default=0, help="initialisation, sampling, augmentation")
         add("--quick", action=BOOLEAN, default=False, help="the same method on a short schedule")
         add("--evaluate", type=text, metavar="CHECKPOINT", help="score a saved model, train nothing")
+        add("--save-logits", action=BOOLEAN, default=False, help="write logits and targets of the scored split "
+            "as .npz, for what comes after training (tau-normalisation, logit adjustment, ...)")
         add("--evaluate-every", type=count, help="epochs between evaluations; the last is always evaluated")
         add("--device", type=text, default="auto", help="cpu, cuda, cuda:1, mps")
         add("--time-limit", type=number, metavar="MINUTES", help="stop after a step; --resume goes on")
@@ -127,14 +129,15 @@ class Parser(argparse.ArgumentParser):
         argv = sys.argv[1:] if argv is None else argv
         known, _ = self.parse_known_args([a for a in argv if a not in ("-h", "--help")])
 
-        name = known.recipe or known.dataset
-        if not known.recipe and name not in self.recipes:
+        name, why = known.recipe or known.dataset, "--recipe" if known.recipe else "the data set's own"
+        if name not in self.recipes and not known.recipe:
             side = image_side(name, known.data_dir, known.train_list) or 32
-            name = "cifar100_lt" if side <= 64 else "imagenet_lt"
+            name, why = "cifar100_lt" if side <= 64 else "imagenet_lt", f"images of {side} pixels"
         if name not in self.recipes:
             fail(f"unknown recipe {name!r}; known: {', '.join(self.recipes)}")
 
         settings = dict(self.recipes[name])
         quick = settings.pop("quick")
-        self.set_defaults(**{**settings, **(quick if known.quick else {}), "recipe": name})
+        self.set_defaults(**{**settings, **(quick if known.quick else {}), "recipe": name,
+                             "recipe_why": why})
         return super().parse_args(argv)

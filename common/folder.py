@@ -186,6 +186,12 @@ class Folder:
             atomic_write(self.path / "last.pt", lambda file: torch.save(self.state, file),
                          keep=self.path / "previous.pt")
 
+    def save_arrays(self, name, **tensors):
+        """Write tensors as arrays of <name>.npz, the name without blanks and commas."""
+        arrays = {key: tensor.cpu().numpy() for key, tensor in tensors.items()}
+        path = self.path / ("_".join(name.replace(",", " ").split()) + ".npz")
+        atomic_write(path, lambda file: np.savez_compressed(file, **arrays))
+
     # ------------------------------------------------------------ going on after an end
 
     def resume(self):
@@ -237,7 +243,8 @@ class Folder:
         """Write result.json, let the folder go. Returns the result."""
         result = {**result, "seconds": self.seconds(), "args": vars(self.args), "versions": versions()}
         if rank() == 0:
-            text = json.dumps(result, indent=1)
+            lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
+            text = "{\n" + ",\n".join(lines) + "\n}\n"
             atomic_write(self.path / "result.json", lambda file: file.write(text.encode()))
             for name in ("previous.pt", ".lock"):
                 (self.path / name).unlink(missing_ok=True)
@@ -258,9 +265,7 @@ def open_folder(args, method, data, device):
     other settings, or other data, is refused. data: its fingerprint. Returns a `Folder`. Raises ValueError,
     OSError.
     """
-    dataset = Path(args.dataset).stem if args.dataset.endswith(".npz") else args.dataset
-    default = Path(f"runs/{method}_{dataset}_seed{args.seed}")
-
+    default = default_folder(args, method)
     if args.out:
         check_free(Path(args.out), args.resume)
     wait_for_ranks()  # every rank has looked before rank 0 makes the folder
@@ -276,6 +281,12 @@ def open_folder(args, method, data, device):
         folder.start_log(method)
     wait_for_ranks()
     return folder
+
+
+def default_folder(args, method):
+    """Where a run goes without --out, if that is free."""
+    dataset = Path(args.dataset).stem if args.dataset.endswith(".npz") else args.dataset
+    return Path(f"runs/{method}_{dataset}_seed{args.seed}")
 
 
 def check_free(path, resume):

@@ -14,7 +14,6 @@
 
 Never `break` out of these two loops: what stands behind their `yield` runs when the next round is asked for.
 """
-import hashlib
 import math
 import time
 from functools import cached_property
@@ -22,14 +21,16 @@ from functools import cached_property
 import torch
 from tqdm import tqdm
 
-from common.data import load
-from common.evaluate import Diverged, class_sums, predict, scores, table
-from common.folder import load_checkpoint, open_folder, save_net
+from common.data import leave_out_unreadable, load
+from common.evaluate import Diverged, class_sums, predict, scores, shot_groups, table
+from common.folder import default_folder, device_name, load_checkpoint, open_folder, save_net
 from common.loader import UnreadableImage, every_image, make_loader, split_batches
+from common.longtail import fingerprint
 from common.ranks import (autocast, average_buffers, bad_input, derive_seed, fail, first_rank_first, gather_ranks,
-                          generator, peak_memory, rank, ranks, say, start_ranks, sum_gradients, sum_ranks)
+                          generator, peak_memory, rank, ranks, say, start_ranks, sum_gradients, sum_ranks, supports_bf16)
 from common.stop import Stop
 
+FEW_STEPS = 500
 UNTRAINED = {"best_all": None, "seconds": None, "images_per_second": None}  # of a stage that trains nothing
 
 
@@ -39,10 +40,11 @@ class Run:
     Raises ValueError for what cannot be had."""
 
     def __init__(self, method, args):
-        self.method, self.args, self.loaders, self.stages = method, args, [], []
-        self.folder = None
+        self.method, self.args, self.stages = method, args, []
+        self.folder = self.last_outputs = None
         self.device = start_ranks(args.device)
         self.autocast = autocast(self.device, args.amp)
+        self.precision = torch.bfloat16 if args.amp and supports_bf16(self.device) else torch.float32
         if args.sync_bn and (self.device.type != "cuda" or ranks() == 1):
             raise ValueError("--sync-bn needs GPUs and torchrun: torch's SyncBatchNorm has no CPU version")
         split_batches(1, args.batch_size, 0, ranks(), args.grad_accumulation)  # raises if it cannot
@@ -50,6 +52,9 @@ class Run:
         with first_rank_first():
             self.data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed,
                              train_list=args.train_list, test_list=args.test_list)
+            if args.skip_bad_images:  # beside the run's folder lies which files could be read
+                cache = f"{args.out or default_folder(args, method)}.readable.npy"
+                self.data = leave_out_unreadable(self.data, args.workers, cache)
         self.data.split(args.evaluate_on)
 
     # ---------------------------------------------------------------- what a method asks for
@@ -76,10 +81,8 @@ class Run:
 
     def loader(self, split, batch_size, *more):
         """What `make_loader` makes with this run's flags."""
-        self.loaders.append(make_loader(
-            split, self.data, batch_size, self.device, *more, workers=self.args.workers,
-            skip_bad=self.args.skip_bad_images, noise=getattr(self.args, "noise", 0.01)))
-        return self.loaders[-1]
+        return make_loader(split, self.data, batch_size, self.device, *more, workers=self.args.workers,
+                           noise=getattr(self.args, "noise", 0.01))
 
     def seed(self, *parts):
         """A seed of its own for anything that is named, from --seed."""
@@ -111,7 +114,8 @@ class Run:
     def outputs(self, model):
         """(logits [N, C], features [N, D], targets [N]) of every test image."""
         images = every_image(self.test_images, rank(), ranks())
-        return [gather_ranks(part) for part in predict(model, images, self.autocast)]
+        self.last_outputs = [gather_ranks(part) for part in predict(model, images, self.autocast)]
+        return self.last_outputs
 
     def scores(self, model):
         """all, many, medium, few, ece, mce, ... of a net."""
@@ -126,18 +130,18 @@ class Run:
 
     @torch.no_grad()
     def features(self, model, indices):
-        """Features [n, D] of the training images at `indices`, not augmented, their targets [n] and indices [n],
-        by index; without what --skip-bad-images leaves out. On the CPU; every rank computes a part, all get all."""
+        """Features [n, D] of the training images at `indices`, not augmented, their targets [n] and indices
+        [n], by index. On the CPU; every rank computes a part, all get all."""
         model.eval()
-        loader, mine, rows = self.train_images, indices[rank()::ranks()], []
-        for images, targets, share, _ in loader.batches(mine if len(mine) else indices[:1]):
+        mine, rows = indices[rank()::ranks()], []
+        for images, targets, *_ in self.train_images.batches(mine if len(mine) else indices[:1]):
             with self.autocast():
                 features = model(images)[1].float()
-            kept = slice(None) if share > 0 and len(mine) else slice(0, 0)
+            kept = slice(None if len(mine) else 0)
             rows.append((features[kept], targets[kept]))
 
-        read = mine[[i not in loader.bad_indices for i in mine.tolist()]].to(self.device)
-        features, targets, read = (gather_ranks(part).cpu() for part in (*map(torch.cat, zip(*rows)), read))
+        parts = (*map(torch.cat, zip(*rows)), mine.to(self.device))
+        features, targets, read = (gather_ranks(part).cpu() for part in parts)
         order = read.argsort()
         return features[order], targets[order], read[order]
 
@@ -155,8 +159,15 @@ class Run:
 
     def open(self):
         """Make the run's folder, or go on in it with --resume. Raises ValueError."""
-        self.folder = open_folder(self.args, self.method, fingerprint(self.data), self.device)
-        self.stop = Stop(self.args.time_limit, self.device)
+        args, data = self.args, self.data
+        self.folder = open_folder(args, self.method, fingerprint(data), self.device)
+        self.stop = Stop(args.time_limit, self.device)
+
+        sizes = shot_groups(data.class_counts)
+        groups = ", ".join(f"{int(members.sum())} {group}" for group, members in sizes.items())
+        say(f"{device_name(args.device)}, {'bf16' if self.precision is torch.bfloat16 else 'fp32'}; {data.name}: "
+            f"{len(data.train):,} training images, {data.num_classes} classes ({groups})")
+        say(f"settings of the recipe {args.recipe} ({args.recipe_why}); writing {self.folder.path}")
 
     def __enter__(self):
         self.guard = bad_input(UnreadableImage, Diverged)
@@ -167,9 +178,20 @@ class Run:
         return self.guard.__exit__(*reason)
 
     def add(self, name, result):
-        """An entry of result.json's stages; the last one is the run's own."""
+        """An entry of result.json's stages; the last one is the run's own. result: the scores of the net that
+        was scored last, or nothing but None."""
         done = self.folder.state.get("done", {}) if self.folder else {}
         self.stages.append({"name": name, **result, **done.get(name, UNTRAINED)})
+
+        if self.last_outputs is not None:
+            logits, _, targets = self.last_outputs
+            C, self.last_outputs = self.data.num_classes, None
+            confusion = torch.bincount(targets * C + logits.argmax(1), minlength=C * C).view(C, C).cpu()
+            if C <= 1000:
+                self.stages[-1]["confusion"] = confusion.tolist()  # [true class][predicted class]
+            if self.args.save_logits and self.folder and rank() == 0:
+                self.folder.save_arrays(name, logits=logits, targets=targets, confusion=confusion,
+                                        class_counts=self.class_counts)
 
     def finish(self):
         """Write result.json, print the table. Returns result.json's content."""
@@ -178,15 +200,12 @@ class Run:
             "class_counts": self.data.class_counts.tolist(), "stages": self.stages})
         self.stop.close()
         self.report()
+        left = ", ".join(sorted(path.name for path in self.folder.path.iterdir()))
+        say(f"wrote {self.folder.path} ({left}) in {result['seconds']:.0f} seconds")
         return result
 
     def report(self):
-        """Print the table of the stages, and which images were left out."""
-        reasons = sorted(set().union(*(loader.bad_images for loader in self.loaders)))
-        for reason in reasons:
-            tqdm.write(f"left out by --skip-bad-images: {reason}")
-        if reasons:
-            tqdm.write(f"--skip-bad-images left out {len(reasons)} files (rank {rank()})")
+        """Print the table of the stages."""
         say(table([(stage["name"], stage) for stage in self.stages]))
 
     def epochs(self, name, file, model, optimizer, epochs, augmentation="standard", batch_size=None,
@@ -206,6 +225,7 @@ class Run:
         loader = self.loader(self.data.train, batch_size, augmentation, self.seed(name, "augmentation"),
                              rank(), ranks(), self.args.grad_accumulation)
         state = self._open_stage(name, parts, optimizer)
+        self._warn_of_few_steps(name, epochs, batch_size)
         peak_memory(self.device)  # from here on
         for number in range(state["epoch"], epochs):
             epoch = Epoch(self, name, number, epochs, loader, parts, optimizer, state)
@@ -217,6 +237,15 @@ class Run:
                  "peak_memory_mb": peak_memory(self.device), **state["means"]}
         save_net(path, self.method, model, self.data, augmentation=augmentation, **about)
         self.folder.save(done={**done, name: stats})
+
+    def _warn_of_few_steps(self, name, epochs, batch_size):
+        """Say where a stage is too short, or a batch too large, to learn anything."""
+        n = len(self.data.train)
+        steps = epochs * math.ceil(n / batch_size)
+        if steps < FEW_STEPS:
+            larger = f" (larger than the {n:,} training images)" if batch_size > n else ""
+            say(f"note: {name} takes only {steps} steps in batches of {batch_size}{larger}; nets that start from "
+                f"nothing want thousands: more epochs, or a smaller --batch-size")
 
     def _load_finished(self, name, path, model):
         """The weights of a stage that a resumed run has finished."""
@@ -333,10 +362,3 @@ class Epoch:
         fail(f"{self.stage} diverged: {what} of epoch {self.number + 1}; train again with a smaller learning rate "
              f"and another --out (--resume keeps a run's settings); last good checkpoint: "
              f"{last if last.exists() else 'none yet'}")
-
-
-def fingerprint(data):
-    digest = hashlib.sha256(repr(data.class_names).encode())
-    for split in (data.train, data.val, data.test):
-        digest.update(b"" if split is None else split.targets.tobytes())
-    return digest.hexdigest()
