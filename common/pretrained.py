@@ -66,7 +66,7 @@ def read_state_dict(path):
 
     entries = state if isinstance(state, dict) else {}
     tensors = {name: value for name, value in entries.items()
-               if isinstance(name, str) and torch.is_tensor(value)}
+               if isinstance(name, str) and name.isprintable() and _is_plain(value)}
     if not tensors:
         raise ValueError(f"{path} holds {_described(content)}; expected is a state dict, or a dict that has "
                          f"one under {', '.join(NESTS)}")
@@ -76,32 +76,41 @@ def read_state_dict(path):
     return tensors
 
 
+def _is_plain(value):
+    """Whether a value is a tensor that can be copied into a net: not sparse, quantised, complex or without
+    numbers."""
+    return torch.is_tensor(value) and value.layout is torch.strided and \
+        not (value.is_quantized or value.is_complex() or value.is_meta)
+
+
 def _described(content):
     """What a file holds, in some words."""
     if not isinstance(content, dict):
         return f"a {type(content).__name__}"
-    names = [str(name)[:40] for name in content]
+    names = [ascii(str(name))[1:-1][:40] for name in content]
     return f"a dict of {len(names)} entries ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def _read_torch(path):
     """What torch.save wrote, by its unpickler that knows only tensors, plain values and `HARMLESS`."""
+    damaged = None
     try:
         if zipfile.is_zipfile(path):  # torch itself does not look at the checksums
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
-            if damaged:
-                raise ValueError(f"{path} is damaged: the checksum of {damaged} is wrong; get it again")
-        with torch.serialization.safe_globals(HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except ValueError:
-        raise
+        if damaged is None:
+            with torch.serialization.safe_globals(HARMLESS):
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as reason:
+        raise ValueError(f"cannot read {path}: {reason.strerror}") from reason
     except Exception as reason:  # torch, zipfile and pickle each raise their own
-        unknown = re.search(r"GLOBAL (\S+)", str(reason))
+        unknown = re.search(r"GLOBAL ([\w.]+)", str(reason))
         if unknown:
             raise ValueError(f"{path} holds a {unknown[1]}, which is code and was not run; save the net's "
                              "state_dict() alone") from reason
         raise ValueError(f"{path} is no file of torch.save, or is damaged") from reason
+
+    raise ValueError(f"{path} is damaged: the checksum of {damaged} is wrong; get it again")
 
 
 def _read_safetensors(path):

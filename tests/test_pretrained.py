@@ -57,6 +57,7 @@ def test_weights_are_found_in_what_people_save(tmp_path, content, zipped):
     assert same(read_state_dict(path), WEIGHTS) and same(read_state_dict(str(path)), WEIGHTS)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # of the bare pickle
 @pytest.mark.parametrize("zipped", [True, False])
 def test_no_code_of_a_file_runs_and_its_type_is_named(tmp_path, zipped):
     marker = tmp_path / "ran"
@@ -98,7 +99,7 @@ def test_what_holds_no_weights_is_described(tmp_path):
     cycle = {}
     cycle["model"] = cycle
     for content, words in (([1, 2], "holds a list"), (None, "holds a NoneType"), (cycle, "1 entries .model."),
-                           ({"a": 1, "b": 2, "c": 3, "d": 4}, r"4 entries \(a, b, c, ...\)")):
+                           ({"a": 1, "b\n": 2, "c": 3, "d": 4}, r"4 entries \(a, b.n, c, ...\)")):
         with pytest.raises(ValueError, match=f"{words}.*expected is a state dict") as refused:
             read_state_dict(saved(tmp_path / "x.pt", content))
         assert "\n" not in str(refused.value)
@@ -111,6 +112,16 @@ def test_what_holds_no_weights_is_described(tmp_path):
     for name in ("other.zip", "text.pt"):
         with pytest.raises(ValueError, match=f"{name} is no file of torch.save"):
             read_state_dict(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+@pytest.mark.parametrize("value", [
+    torch.zeros(16, 3, 3, 3).to_sparse(), torch.zeros(16, 3, 3, 3, device="meta"), 3, None,
+    torch.zeros(16, 3, 3, 3, dtype=torch.complex64)])
+def test_what_is_no_plain_tensor_counts_as_missing(tmp_path, value):
+    path = saved(tmp_path / "x.pt", {**CifarResNet(14).state_dict(), "conv1.weight": value})
+    with pytest.raises(ValueError, match=r"1 missing \(conv1.weight\)"):
+        load_encoder("resnet14", path)
 
 
 def test_safetensors_are_read_where_the_package_is(tmp_path):
