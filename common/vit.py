@@ -177,8 +177,8 @@ class ViT(nn.Module):
         if depth < 1 or not 0 <= drop_path < 1:
             raise ValueError(f"depth must be at least 1, drop path in [0, 1), got {depth} and {drop_path}")
 
-        self.settings = dict(image_size=image_size, patch_size=patch_size, width=width, depth=depth, heads=heads,
-                             num_classes=num_classes, drop_path=drop_path)
+        self.settings = dict(image_size=image_size, patch_size=patch_size, width=width, depth=depth,
+                             heads=heads, num_classes=num_classes, drop_path=drop_path)
         self.image_size, self.patch_size, self.feature_dim = image_size, patch_size, width
         self.num_patches = (image_size // patch_size) ** 2
 
