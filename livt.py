@@ -254,7 +254,7 @@ def parameter_groups(model, weight_decay, scale_of):
 # ---------------------------------------------------------------- stage one: masked generative pre-training
 
 def pretrain(run, sizes):
-    """A masked autoencoder, without labels. Returns its encoder's weights, on the CPU."""
+    """Algorithm 1, lines 1 to 9: a masked autoencoder. Returns its encoder's weights, on the CPU."""
     args, lr = run.args, run.args.mgp_lr * run.args.mgp_batch_size / 256
     torch.manual_seed(run.seed("mgp", "initialisation"))
     mae = run.place(MAE(**sizes, decoder_width=args.decoder_width, decoder_depth=args.decoder_depth,
@@ -289,7 +289,7 @@ def pretrain(run, sizes):
 # ---------------------------------------------------------------- stage two: balanced fine-tuning
 
 def finetune(run, sizes, encoder, loss_name, file):
-    """A classifier from the encoder's weights ({}: from scratch), by one of `LOSSES`."""
+    """Algorithm 1, lines 10 to 20: a classifier from the encoder's weights ({}: none), by one of `LOSSES`."""
     args, C, class_counts = run.args, run.data.num_classes, run.class_counts
     loss_function = balanced_bce_loss if loss_name.endswith("bce") else balanced_ce_loss
     tau = args.tau if loss_name.startswith("balanced") else 0.0
@@ -336,10 +336,10 @@ def finetune(run, sizes, encoder, loss_name, file):
 def add_scores(run, name, model, loss, tau, class_counts):
     """A net's rows: decoded as the Bayes classifier, and the paper's, argmax z. loss, tau, class_counts: that
     it was trained by."""
-    logits, _, targets = (part.cpu() for part in run.outputs(model))
+    logits, features, targets = (part.cpu() for part in run.outputs(model))
     bayes = second_decoding(loss, logits, class_counts, tau)
-    run.add(f"{name}, Bayes decoding", scores(bayes, targets, run.data.class_counts))
-    run.add(name, scores(logits, targets, run.data.class_counts))
+    for row, z in ((f"{name}, Bayes decoding", bayes), (name, logits)):
+        run.add(row, scores(z, targets, run.data.class_counts), (z, features, targets))
 
 
 # ---------------------------------------------------------------- main

@@ -177,15 +177,16 @@ class Run:
     def __exit__(self, *reason):
         return self.guard.__exit__(*reason)
 
-    def add(self, name, result):
+    def add(self, name, result, outputs=None):
         """An entry of result.json's stages; the last one is the run's own. result: the scores of the net that
-        was scored last, or nothing but None."""
+        was scored last, or nothing but None. outputs: what these are scores of, where it is not the net's own
+        (logits, features, targets)."""
         done = self.folder.state.get("done", {}) if self.folder else {}
         self.stages.append({"name": name, **result, **done.get(name, UNTRAINED)})
 
-        if self.last_outputs is not None:
-            logits, _, targets = self.last_outputs
-            C, self.last_outputs = self.data.num_classes, None
+        outputs, self.last_outputs = outputs or self.last_outputs, None
+        if outputs is not None:
+            (logits, _, targets), C = outputs, self.data.num_classes
             confusion = torch.bincount(targets * C + logits.argmax(1), minlength=C * C).view(C, C).cpu()
             if C <= 1000:
                 self.stages[-1]["confusion"] = confusion.tolist()  # [true class][predicted class]

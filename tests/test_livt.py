@@ -390,6 +390,10 @@ def test_scores_are_those_of_the_saved_nets_by_both_decodings(full):
         assert stages[loss]["ece"] == pytest.approx(expected["ece"], abs=1e-2)
         second = scores(livt.second_decoding(loss, logits, data.class_counts), targets, data.class_counts)
         assert stages[f"{loss}, Bayes decoding"]["per_class_accuracy"] == second["per_class_accuracy"]
+        for name, expected in ((loss, expected), (f"{loss}, Bayes decoding", second)):
+            confusion = torch.tensor(stages[name]["confusion"])
+            accuracy = 100 * confusion.diag() / confusion.sum(1)
+            assert accuracy.tolist() == pytest.approx(expected["per_class_accuracy"], abs=1e-4), name
 
 
 def test_a_checkpoint_of_stage_one_gives_the_same_nets_and_stages_can_run_apart(full, tmp_path):
@@ -469,6 +473,24 @@ def test_evaluate_scores_a_saved_net_and_writes_nothing(full, tmp_path, capsys):
     again = run(tmp_path, "--evaluate", str(folder / "run" / "model.pt"), name="none")
     assert again["per_class_accuracy"] == result["per_class_accuracy"]
     assert "model.pt, Bayes decoding" in capsys.readouterr().out and not (tmp_path / "none").exists()
+
+
+def test_evaluate_matches_classes_by_name_also_in_the_bayes_decoding(full, tmp_path):
+    folder, _ = full
+    data, order = dict(np.load(folder / "tiny.npz")), np.array([2, 0, 3, 1])  # new id of each old class
+    named = {"names.npz": (data, "abcd"), "moved.npz": (
+        {**data, **{key: order[data[key]] for key in ("y_train", "y_test")}}, "bdac")}
+    saved = torch.load(folder / "run" / "model.pt", weights_only=True)
+    torch.save({**saved, "class_names": list("abcd")}, tmp_path / "model.pt")
+    rows = []
+    for file, (arrays, names) in named.items():
+        np.savez(tmp_path / file, **arrays, class_names=np.array(list(names)))
+        rows.append(livt.main(livt.parse_args(["--dataset", str(tmp_path / file), "--no-amp", "--device", "cpu",
+                                               "--evaluate", str(tmp_path / "model.pt")])))
+    assert rows[0]["all"] == rows[1]["all"] and rows[0]["ece"] == pytest.approx(rows[1]["ece"])
+    assert [rows[1]["per_class_accuracy"][i] for i in order] == rows[0]["per_class_accuracy"]
+    moved = livt.load_model(tmp_path / "model.pt", list("bdac"))[1]["class_counts"]
+    assert [moved[i] for i in order] == list(CLASS_COUNTS)
 
 
 def test_training_learns_colours(tmp_path):
