@@ -160,8 +160,8 @@ def build_folder(name, data_dir, imb_factor, seed, test_fraction=None):
 
     if test_fraction is None:
         if not (root / "test").is_dir():
-            raise MissingFile(f"no such folder: {root / 'test'} (--test-fraction 0.2 sets images of each class "
-                              "aside)")
+            raise MissingFile(f"no such folder: {root / 'test'} (--test-fraction 0.2 sets images of each "
+                              "class aside)")
         test = _scanned(root / "test", class_names)
     elif (root / "test").is_dir():
         raise ValueError(f"there is a folder {root / 'test'}: leave out --test-fraction")
@@ -180,13 +180,14 @@ def _training_folder(root):
 
 
 def _set_aside(files, num_classes, fraction, seed):
-    """Training and test images: of each class that fraction is for testing, but at least one and never all."""
+    """Training and test images: that fraction of each class is for testing, at least one image, never all."""
     sizes = np.bincount(files.targets, minlength=num_classes)
     taken = np.minimum(np.maximum(np.rint(fraction * sizes).astype(int), 1), np.maximum(sizes - 1, 0))
     testing = np.sort(long_tail_indices(files.targets, taken, seed))
     single = (sizes == 1).sum()
-    note(f"{len(testing)} of {len(files)} images are set aside for testing ({fraction:g} of each class, drawn by "
-         f"--subset-seed {seed})" + (f"; {single} classes have one image, none for testing" if single else ""))
+    note(f"{len(testing)} of {len(files)} images are set aside for testing ({fraction:g} of each class, "
+         f"drawn by --subset-seed {seed})"
+         + (f"; {single} classes have a single image, for training" if single else ""))
     return files.subset(np.setdiff1d(np.arange(len(files)), testing)), files.subset(testing)
 
 
@@ -372,8 +373,9 @@ def _stanford_dogs(root, what):
 def _fruits360(root, what):
     folder = root / "fruits-360-original-size"
     class_names = class_folders(folder / "Training", what)
+    train, test = (_scanned(folder / part, class_names) for part in ("Training", "Test"))
     val = _scanned(folder / "Validation", class_names) if (folder / "Validation").is_dir() else None
-    return _scanned(folder / "Training", class_names), val, _scanned(folder / "Test", class_names), class_names
+    return train, val, test, class_names
 
 
 # Data set -> reader, imbalance factor, n_max, and what must be in --data-dir. n_max None: the second largest
@@ -416,8 +418,8 @@ def _cut(name, data_dir, imb_factor, seed):
 
 
 BUILDERS = {"fashion_lt": _fashion_lt, "cifar10_lt": _cifar, "cifar100_lt": _cifar,
-            "fashion_mnist_lt": _fashion_mnist, **dict.fromkeys(LISTED, build_listed), **dict.fromkeys(CUT, _cut),
-            "folder": build_folder}
+            "fashion_mnist_lt": _fashion_mnist, **dict.fromkeys(LISTED, build_listed),
+            **dict.fromkeys(CUT, _cut), "folder": build_folder}
 
 # Where each data set is had
 OLTR = "the lists from https://github.com/zhmiao/OpenLongTailRecognition-OLTR"

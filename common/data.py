@@ -16,9 +16,11 @@ from tqdm import tqdm
 
 from common.builders import (ASSETS, BUILDERS, CUT, FASHION_ORDER, LISTED, MATLAB, PUBLISHED, SOURCES,
                              build_folder, build_listed, build_npz, image_side)
-from common.files import MissingFile, check_lists, escape_unprintable, read_image, read_list
-from common.longtail import (Dataset, ImageFiles, Images, balanced_subset, channel_statistics, cut_to_long_tail,
-                             fingerprint, long_tail_counts, long_tail_indices, moments, note)
+from common.files import MissingFile, escape_unprintable, read_image, read_list
+from common.folder import atomic_write
+from common.longtail import (Dataset, ImageFiles, Images, balanced_subset, channel_statistics,
+                             cut_to_long_tail, fingerprint, long_tail_counts, long_tail_indices, moments,
+                             note)
 
 
 def load(name, data_dir="data", imb_factor=None, seed=0, train_list=None, test_list=None, test_fraction=None):
@@ -60,7 +62,7 @@ def load(name, data_dir="data", imb_factor=None, seed=0, train_list=None, test_l
     except OSError as reason:
         raise ValueError(f"cannot read {reason.filename or data_dir}: {reason.strerror}") from reason
     if data.num_classes < 2:
-        raise ValueError(f"{name} has one class alone, {data.class_names[0]}: a classifier needs two at least")
+        raise ValueError(f"{name} has one class alone, {data.class_names[0]}: a classifier needs two")
     return data
 
 
@@ -84,8 +86,8 @@ def write_lists(data, folder, data_dir=None):
         names = [os.fsencode(os.path.relpath(path, data_dir)) for path in some]
         for name in names:
             if name != name.strip() or len(name.splitlines()) > 1 or b"\\" in name and b"/" not in name:
-                raise ValueError(f"{os.fsdecode(name)!r} cannot stand in a list: rename it, without line breaks, "
-                                 "backslashes and spaces at its ends")
+                raise ValueError(f"{os.fsdecode(name)!r} cannot stand in a list: rename it, without line "
+                                 "breaks, backslashes and spaces at its ends")
         Path(folder, f"{part}_list.txt").write_bytes(b"".join(
             b"%s %d\n" % pair for pair in zip(names, getattr(data, part).targets.tolist())))
     return str(Path(folder, "train_list.txt")), str(Path(folder, "test_list.txt")), str(data_dir)
@@ -143,9 +145,7 @@ def leave_out_unreadable(data, workers=1, cache=None):
         readable = np.union1d(readable, keys[is_good])
         lines += [f"{part}: {line}" for line in wrong.values()]
         if cache:
-            with open(f"{cache}.part", "wb") as file:
-                np.save(file, readable)
-            os.replace(f"{cache}.part", cache)
+            atomic_write(cache, lambda file, keys=readable: np.save(file, keys))
     if not lines:
         return data
 

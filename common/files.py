@@ -32,9 +32,10 @@ def escape_unprintable():
 def read_image(path):
     """The picture in a file as a PIL image in RGB, 8 bits a channel, turned as its EXIF orientation says.
 
-    Grey, palette and CMYK become RGB; 16-bit grey is scaled to 8 bits; what is transparent shows white. Raises
-    ValueError with the path and why it cannot be decoded; 32-bit pixels, whose range is unknown, are refused,
-    and so is what is no regular file or longer than 50 times its width.
+    Grey, palette and CMYK become RGB; 16-bit grey is scaled to 8 bits; what is transparent shows white, the
+    page that such pictures are drawn for. Of several pictures in a file the first counts. Raises ValueError
+    with the path and why it cannot be decoded; 32-bit pixels, whose range is unknown, are refused, and so is
+    what is no regular file or more than 50 times as long as wide.
     """
     from PIL import Image, ImageOps
     try:
@@ -46,7 +47,8 @@ def read_image(path):
                                  f"{LONGEST_SHAPE} to 1)")
             file.load()
             try:
-                image = ImageOps.exif_transpose(file)
+                is_turned = file.getexif().get(0x0112, 1) != 1  # the tag Orientation
+                image = ImageOps.exif_transpose(file) if is_turned else file
             except Exception:  # a damaged EXIF block says nothing: the picture as it is stored
                 image = file
             return _as_rgb(image, file.format)
@@ -61,8 +63,8 @@ def _as_rgb(image, file_format):
     if sixteen:  # 65535 / 257 = 255; PIL's own conversion clips at 255
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(f"32-bit pixels (PIL's mode {image.mode}) have no known range; save them with 8 or 16 "
-                         "bits a channel")
+        raise ValueError(f"32-bit pixels (PIL's mode {image.mode}) have no known range; save them with 8 or "
+                         "16 bits a channel")
     if image.mode[-1] in "aA" or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -70,7 +72,7 @@ def _as_rgb(image, file_format):
 
 
 def side_of(path):
-    """Longer side in pixels of the image in a file; None where it is none (that is `read_image`'s business)."""
+    """Longer side in pixels of the image in a file; None where it is none (`read_image` says why)."""
     from PIL import Image
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -91,15 +93,17 @@ def image_names(folder):
     def stop(reason):
         raise reason
 
-    images, hidden, others, seen = [], [], [], set()
+    images, hidden, others = [], [], []
+    above = {}  # folder: what it and the folders above it really are
     for root, folders, files in os.walk(folder, followlinks=True, onerror=stop):
-        real = os.path.realpath(root)
-        if real in seen:  # a link to a folder above it
+        real, outer = os.path.realpath(root), above.get(os.path.dirname(root), ())
+        if real in outer:  # a link to a folder above it
             folders.clear()
             continue
-        seen.add(real)
+        above[root] = (*outer, real)
         folders.sort()
-        in_hidden = any(part.startswith(".") for part in Path(root).relative_to(folder).parts)
+
+        in_hidden = "/." in root[len(str(folder)):]
         for name in sorted(files):
             kind = hidden if in_hidden or name.startswith(".") else \
                 images if name.lower().endswith(IMAGE_ENDINGS) else others
@@ -115,8 +119,8 @@ def class_folders(folder, what="class folders"):
     names = sorted(entry.name for entry in os.scandir(folder)
                    if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise ValueError(f"no class folders in {folder}: the images of each class must lie in a folder of their "
-                         "own, named as the class")
+        raise ValueError(f"no class folders in {folder}: the images of each class must lie in a folder of "
+                         "their own, named as the class")
     return names
 
 
@@ -131,30 +135,22 @@ def scan(folder, class_names):
     Returns the image files' paths and targets, class by class in the names' order, and what is left out:
     {what: paths}. Raises ValueError.
     """
-    if not Path(folder).is_dir():
-        raise MissingFile(f"no such folder: {folder}")
     ids = {class_name: i for i, class_name in enumerate(class_names)}
-    paths, targets = [], []
-    left_out = {"images in no class folder": [], "hidden files": [], "files that are no images": []}
-    for entry in sorted(os.scandir(folder), key=lambda entry: (composed(entry.name), entry.name)):
-        if not entry.is_dir():
-            kind = "hidden files" if entry.name.startswith(".") else "images in no class folder" \
-                if entry.name.lower().endswith(IMAGE_ENDINGS) else "files that are no images"
-            left_out[kind].append(entry.path)
-            continue
-        images, hidden, others = image_names(entry.path)
-        if entry.name.startswith("."):
-            left_out["hidden files"] += images + hidden + others
-            continue
-        if composed(entry.name) not in ids:
-            raise ValueError(f"{entry.path} is a class that the training images do not have")
-        paths += images
-        targets += [ids[composed(entry.name)]] * len(images)
-        left_out["hidden files"] += hidden
-        left_out["files that are no images"] += others
-    if not paths:
+    for name in class_folders(folder):
+        if composed(name) not in ids:
+            raise ValueError(f"{Path(folder, name)} is a class that the training images do not have")
+
+    images, hidden, others = image_names(folder)
+    start = len(os.path.join(folder, ""))
+    parts = [(path, path[start:].split(os.sep)) for path in images]
+    stray = [path for path, names in parts if len(names) == 1]
+    found = [(ids[composed(names[0])], path) for path, names in parts if len(names) > 1]
+    if not found:
         raise ValueError(f"no image files in {folder}")
-    return paths, targets, left_out
+
+    targets, paths = zip(*sorted(found, key=lambda pair: pair[0]))
+    return paths, targets, {"images in no class folder": stray, "hidden files": hidden,
+                            "files that are no images": others}
 
 
 # ---------------------------------------------------------------- list files
@@ -237,8 +233,8 @@ def numbering_advice(targets):
 
 def check_lists(train, others, root, num_classes=None):
     """Refuse `Listing`s that cannot be one data set: a label out of range, a class without a training image,
-    an image in two splits or with two labels, a folder that is not there. num_classes: C (None: as many as the training list
-    has). Returns C. Raises ValueError with file and line."""
+    an image in two splits or with two labels, a folder that is not there. num_classes: C (None: as many as
+    the training list has). Returns C. Raises ValueError with file and line."""
     C, last = num_classes, int(train.targets.argmax())
     if train.targets.min() > 0 and min(listing.targets.min() for listing in others) > 0:
         raise ValueError(f"{train.file}: {numbering_advice(train.targets)}")

@@ -1,4 +1,4 @@
-"""What a long-tailed data set is: images per class, subsets, and the classes `Images`, `ImageFiles`, `Dataset`.
+"""What a long-tailed data set is: images per class, subsets, and `Images`, `ImageFiles`, `Dataset`.
 
 A split is either `Images` (decoded, one uint8 array in memory) or `ImageFiles` (paths, decoded by the
 loader's workers); both have `.targets`. Class ids are the data set's own and are not sorted by frequency.
@@ -64,13 +64,13 @@ def cut_to_long_tail(targets, num_classes, imb_factor, n_max=None, order=None, s
     if counts.min() < 1:
         works = next(factor for factor in range(int(n_max), 0, -1)
                      if long_tail_counts(num_classes, n_max, factor)[-1] >= 1)
-        raise ValueError(f"--imb-factor {imb_factor:g}, with {n_max:g} images in the largest class, leaves the "
-                         f"rarest one no training image; at most --imb-factor {works} works")
+        raise ValueError(f"--imb-factor {imb_factor:g}, with {n_max:g} images in the largest class, leaves "
+                         f"the rarest one no training image; at most --imb-factor {works} works")
 
     short = np.flatnonzero(counts > available)
     if len(short):
-        note(f"{len(short)} classes have fewer images than the long-tailed rule asks for; they keep what they "
-             "have")
+        note(f"{len(short)} classes have fewer images than the long-tailed rule asks for; they keep what "
+             "they have")
     return long_tail_indices(targets, np.minimum(counts, available), seed)
 
 

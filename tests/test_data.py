@@ -15,8 +15,8 @@ from PIL import Image
 
 from common.assets import make
 from common.data import (ASSETS, BUILDERS, CUT, FASHION_ORDER, LISTED, SOURCES, Dataset, Images,
-                         cut_to_long_tail, fingerprint, image_side, leave_out_unreadable, load, long_tail_counts,
-                         long_tail_indices, main, write_lists)
+                         cut_to_long_tail, fingerprint, image_side, leave_out_unreadable, load,
+                         long_tail_counts, long_tail_indices, main, write_lists)
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -423,7 +423,8 @@ def test_large_images_are_shown_at_224_pixels_and_it_is_said(tmp_path, capsys):
     for name, side, shown in (("a", 65, 224), ("b", 64, 64)):
         root = write_tree(tmp_path / name, {"a": 1, "b": 1}, side=(10, side))
         assert load("folder", root).image_size == shown
-        assert f"shown at {shown} pixels: the longer side of those looked at is {side}" in capsys.readouterr().out
+        assert f"shown at {shown} pixels: the longer side of those looked at is {side}" \
+            in capsys.readouterr().out
 
 
 def test_bad_folders_are_refused_by_name(tmp_path):
@@ -468,8 +469,8 @@ def test_a_fraction_of_each_class_is_set_aside_for_testing(tmp_path, capsys):
     assert data.class_names == ["ant", "bee", "cat", "zebra"]
     assert np.bincount(data.test.targets, minlength=4).tolist() == [2, 1, 5, 0]  # never all of a class
     assert data.class_counts.tolist() == [8, 1, 20, 1]
-    assert "8 of 38 images are set aside for testing (0.2 of each class, drawn by --subset-seed 0); 1 classes " \
-        "have one image" in capsys.readouterr().out
+    assert "8 of 38 images are set aside for testing (0.2 of each class, drawn by --subset-seed 0); 1 " \
+        "classes have a single image" in capsys.readouterr().out
     train, test = names_of(data.train), names_of(data.test)
     assert not set(train) & set(test) and len(set(train + test)) == 38
     assert names_of(load("folder", root, test_fraction=0.2).test) == test
@@ -588,7 +589,8 @@ def test_a_class_or_split_of_which_nothing_is_left_is_one_line(tmp_path, emptied
 def test_readable_files_are_looked_at_once(tmp_path, monkeypatch, capsys):
     from common import data as room
     root, cache, read = write_tree(tmp_path / "set", {"a": 3, "b": 3}), tmp_path / "readable", []
-    monkeypatch.setattr(room, "read_image", lambda path, real=room.read_image: read.append(path) or real(path))
+    real = room.read_image
+    monkeypatch.setattr(room, "read_image", lambda path: read.append(path) or real(path))
     (root / "train" / "a" / "0.png").write_bytes(b"junk")
     looked_at = lambda: (read.clear(), leave_out_unreadable(load("folder", root), cache=cache), sorted(
         os.path.relpath(path, root) for path in read))[2]
