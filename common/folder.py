@@ -111,9 +111,7 @@ def load_net(path, method, kinds, class_names=None, arch=None):
     """
     saved = load_checkpoint(path)
     kinds = {kind.__name__: kind for kind in kinds}
-    wanted = ("kind", "settings", "class_names", "mean", "std", "image_size", "state_dict")
-    if not isinstance(saved, dict) or saved.get("method") != method or saved.get("kind") not in kinds or \
-            any(key not in saved for key in wanted):
+    if not _is_net(saved) or saved["method"] != method or saved["kind"] not in kinds:
         raise ValueError(f"{path} is not a net that {method}.py saved ({' or '.join(kinds)})")
 
     if arch not in (None, saved["settings"].get("arch")):
@@ -124,10 +122,22 @@ def load_net(path, method, kinds, class_names=None, arch=None):
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as reason:
         why = " ".join(str(reason).split())[:200]
         raise ValueError(f"{path}: its weights do not fit its net {saved['kind']}: {why}") from reason
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise ValueError(f"{path}: its weights are not finite: the net has diverged")
 
     if class_names is not None:
         _order_classes(model, saved, list(class_names), path)
     return model.to(memory_format=torch.channels_last).eval(), saved
+
+
+def _is_net(saved):
+    """Whether a checkpoint holds what `save_net` writes, each entry of its type."""
+    types = {"method": str, "kind": str, "settings": dict, "class_names": list, "class_counts": list,
+             "mean": tuple, "std": tuple, "image_size": int, "state_dict": dict}
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(key), types[key]) for key in types):
+        return False
+    return all(isinstance(value, float) for value in (*saved["mean"], *saved["std"])) and \
+        len(saved["class_names"]) == len(saved["class_counts"])
 
 
 def _order_classes(model, saved, names, path):
