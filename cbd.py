@@ -44,6 +44,7 @@ RECIPES = {
     "imagenet_lt": {**LARGE, "epochs": 90, "weight_decay": 2.5e-4},
     "inat18": LARGE,
     "inat17": LARGE,  # weight decay: ours, iNat18's
+    "small": {**SMALL, "arch": "resnet14", "epochs": 20, "batch_size": 32, "image_size": 64},
 }
 DISTILLING, FROM_TEACHER = ("cbd", "kd", "hybrid"), ("finetune", "crt")
 ALONE = ("class-balanced", "logit-adjusted")  # without a teacher

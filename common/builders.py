@@ -198,7 +198,8 @@ def image_side(name, data_dir="data", train_list=None):
     if name in LISTED or name in CUT:
         return 224
     if str(name).endswith(".npz"):
-        return _npz_side(name)
+        shape = _npz_shape(name)
+        return shape and shape[1]
     if name != "folder":
         return None
     sides = []
@@ -208,6 +209,21 @@ def image_side(name, data_dir="data", train_list=None):
     except (OSError, ValueError):
         return None
     return statistics.median_low(sides) if sides else None
+
+
+def count_images(name, data_dir="data", train_list=None):
+    """Training images of an .npz, a folder or a list, without reading them, before --imb-factor cuts them.
+    None for the papers' sets, and where there is nothing to look at."""
+    try:
+        if str(name).endswith(".npz"):
+            return _npz_shape(name)[0]
+        if train_list:
+            return len(read_list(train_list).names)
+        if name == "folder":
+            root = _training_folder(Path(data_dir))
+            return sum(len(image_names(root / c)[0]) for c in class_folders(root))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _files_by_class(data_dir, train_list):
@@ -225,13 +241,14 @@ def _files_by_class(data_dir, train_list):
             yield image_names(root / c)[0]
 
 
-def _npz_side(path):
+def _npz_shape(path):
+    """Of an .npz file's training images, by its header; None where that cannot be read."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open("x_train.npy") as member:
             version = np.lib.format.read_magic(member)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else \
                 np.lib.format.read_array_header_2_0
-            return int(read(member)[0][1])
+            return read(member)[0]
     except Exception:  # zipfile, zlib and numpy each raise their own for a damaged file; `load` says so
         return None
 

@@ -1,8 +1,9 @@
 """The flags that all four scripts share, with recipes as their defaults; a check stands at its flag."""
 import argparse
+import math
 import sys
 
-from common.data import image_side
+from common.builders import count_images, image_side
 from common.ranks import cores, fail
 
 BOOLEAN = argparse.BooleanOptionalAction
@@ -71,8 +72,8 @@ class Parser(argparse.ArgumentParser):
     flags win.
 
     doc: the script's docstring. recipes: {name: {flag with underscores: value, "quick": {...}}}; `quick`
-    holds what --quick changes. Without --recipe it is the data set's own; if it has none, cifar100_lt up to
-    64 pixels, else imagenet_lt.
+    holds what --quick changes. Without --recipe it is the data set's own; `choose_recipe` says which where it
+    has none.
     """
 
     def __init__(self, doc, recipes):
@@ -96,6 +97,8 @@ class Parser(argparse.ArgumentParser):
         add("--test-list", type=text, metavar="FILE", help="likewise, for the images that are tested on")
         add("--imb-factor", type=factor, help="largest class / smallest class, at least 1")
         add("--subset-seed", type=index, default=0, help="which images are kept; 0 as in LDAM-DRW")
+        add("--test-fraction", type=fraction, help="of each class of a folder or list without test images")
+        add("--image-size", type=count, help="side in pixels that the nets see (own up to 64, else 224)")
         add("--evaluate-on", choices=["test", "val"], default="test", help="split that is scored")
         add("--workers", type=index, default=cores(), help="decoding processes for image files, a rank")
         add("--skip-bad-images", action=BOOLEAN, default=False, help="leave out what cannot be decoded")
@@ -129,15 +132,33 @@ class Parser(argparse.ArgumentParser):
         argv = sys.argv[1:] if argv is None else argv
         known, _ = self.parse_known_args([a for a in argv if a not in ("-h", "--help")])
 
-        name, why = known.recipe or known.dataset, "--recipe" if known.recipe else "the data set's own"
-        if name not in self.recipes and not known.recipe:
-            side = image_side(name, known.data_dir, known.train_list) or 32
-            name, why = "cifar100_lt" if side <= 64 else "imagenet_lt", f"images of {side} pixels"
+        side = n = None
+        if known.dataset not in self.recipes:
+            side = image_side(known.dataset, known.data_dir, known.train_list)
+            n = count_images(known.dataset, known.data_dir, known.train_list)
+        name, why = choose_recipe(known.recipe, known.dataset, side or 32, n, self.recipes)
         if name not in self.recipes:
             fail(f"unknown recipe {name!r}; known: {', '.join(self.recipes)}")
 
         settings = dict(self.recipes[name])
-        quick = settings.pop("quick")
-        self.set_defaults(**{**settings, **(quick if known.quick else {}), "recipe": name,
-                             "recipe_why": why})
+        settings.update(settings.pop("quick") if known.quick else {})
+        settings.pop("quick", None)
+        if name.startswith("small") and n:  # as many steps as 2,500 images would take
+            settings.update({key: math.ceil(value * max(1, 2500 / n)) for key, value in settings.items()
+                             if key.endswith("epochs")})
+        self.set_defaults(**settings, recipe=name, recipe_why=why)
         return super().parse_args(argv)
+
+
+def choose_recipe(named, dataset, side, num_images, recipes):
+    """A recipe's name, and what chose it: --recipe; the data set; or of other sets their images' side in
+    pixels and their number (None: not known). `small` is for sets on which a paper's schedule would be a few
+    steps of large batches: fewer than 5,000 images, or 20,000 above 64 pixels, which it shows smaller."""
+    if named:
+        return named, "--recipe"
+    if dataset in recipes:
+        return dataset, "the data set's own"
+    looks = f"{num_images or 'an unknown number of'} images of {side} pixels"
+    if num_images and num_images < (5000 if side <= 64 else 20000) and "small" in recipes:
+        return "small", looks
+    return "cifar100_lt" if side <= 64 else "imagenet_lt", looks

@@ -14,7 +14,9 @@ import multiprocessing
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -371,6 +373,26 @@ class StreamedLoader:
 
 
 # ---------------------------------------------------------------- the door
+
+def decoded(data, side):
+    """A small data set of image files with all of them decoded, `side` pixels wide and high. Raises
+    UnreadableImage."""
+    as_tested = file_transform(SimpleNamespace(image_size=side), Augmentation())
+
+    def read(path):
+        try:
+            return as_tested(read_image(os.fsdecode(path))).numpy()
+        except ValueError as reason:
+            raise UnreadableImage(f"cannot decode {reason} (--skip-bad-images leaves such files out)") from reason
+
+    def images_of(split):
+        with ThreadPoolExecutor() as pool:  # PIL's codecs run side by side
+            return split and Images(np.stack(list(pool.map(read, split.paths.tolist()))), split.targets)
+
+    data = data.with_splits(images_of(data.train), images_of(data.val), images_of(data.test))
+    data.image_size = side
+    return data
+
 
 def make_loader(split, data, cut, device, augmentation=Augmentation(), *older, workers=0, skip_bad=False,
                 **old):

@@ -21,16 +21,17 @@ from functools import cached_property
 import torch
 from tqdm import tqdm
 
-from common.data import leave_out_unreadable, load
+from common.data import leave_out_unreadable, load, write_lists
 from common.evaluate import Diverged, class_sums, predict, scores, shot_groups, table
 from common.folder import default_folder, device_name, load_checkpoint, open_folder, save_net
-from common.loader import UnreadableImage, every_image, make_loader, split_batches
-from common.longtail import fingerprint
+from common.loader import UnreadableImage, decoded, every_image, make_loader, split_batches
+from common.longtail import ImageFiles, fingerprint
 from common.ranks import (autocast, average_buffers, bad_input, derive_seed, fail, first_rank_first, gather_ranks,
                           generator, peak_memory, rank, ranks, say, start_ranks, sum_gradients, sum_ranks, supports_bf16)
 from common.stop import Stop
 
 FEW_STEPS = 500
+FEW_FILES = 20_000  # up to 64 pixels so many are decoded once, 250 MB at the most
 UNTRAINED = {"best_all": None, "seconds": None, "images_per_second": None}  # of a stage that trains nothing
 
 
@@ -51,10 +52,16 @@ class Run:
 
         with first_rank_first():
             self.data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed,
-                             train_list=args.train_list, test_list=args.test_list)
+                             train_list=args.train_list, test_list=args.test_list,
+                             test_fraction=args.test_fraction)
             if args.skip_bad_images:  # beside the run's folder lies which files could be read
                 cache = f"{args.out or default_folder(args, method)}.readable.npy"
                 self.data = leave_out_unreadable(self.data, args.workers, cache)
+            self.listed = self.data
+            if isinstance(self.data.train, ImageFiles) and (args.image_size or 224) <= 64 and \
+                    len(self.data.train) < FEW_FILES:
+                self.data = decoded(self.data, args.image_size)
+        self.data.image_size = args.image_size or self.data.image_size
         self.data.split(args.evaluate_on)
 
     # ---------------------------------------------------------------- what a method asks for
@@ -162,6 +169,8 @@ class Run:
         args, data = self.args, self.data
         self.folder = open_folder(args, self.method, fingerprint(data), self.device)
         self.stop = Stop(args.time_limit, self.device)
+        if args.test_fraction and rank() == 0:  # so that other scripts can share the split
+            write_lists(self.listed, self.folder.path)
 
         sizes = shot_groups(data.class_counts)
         groups = ", ".join(f"{int(members.sum())} {group}" for group, members in sizes.items())
