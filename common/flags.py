@@ -7,9 +7,9 @@ from common.builders import count_images, image_side
 from common.ranks import cores, fail
 
 BOOLEAN = argparse.BooleanOptionalAction
-DATASETS = "fashion_lt (embedded), cifar10_lt, cifar100_lt, fashion_mnist_lt, imagenet_lt, places_lt, inat18, " \
-    "inat17, caltech101_lt, cub200_lt, stanford_dogs_lt, stanford_cars_lt, fgvc_aircraft_lt, dtd_lt, " \
-    "flowers102_lt, fruits360_lt, FILE.npz, or folder (with --data-dir)"
+DATASETS = "fashion_lt (embedded), cifar10_lt, cifar100_lt, fashion_mnist_lt, imagenet_lt, places_lt, " \
+    "inat18, inat17, caltech101_lt, cub200_lt, stanford_dogs_lt, stanford_cars_lt, fgvc_aircraft_lt, " \
+    "dtd_lt, flowers102_lt, fruits360_lt, FILE.npz, or folder (with --data-dir)"
 
 
 # ---------------------------------------------------------------- types: a flag's check stands at the flag
@@ -117,8 +117,8 @@ class Parser(argparse.ArgumentParser):
         add("--seed", type=index, default=0, help="initialisation, sampling, augmentation")
         add("--quick", action=BOOLEAN, default=False, help="the same method on a short schedule")
         add("--evaluate", type=text, metavar="CHECKPOINT", help="score a saved model, train nothing")
-        add("--save-logits", action=BOOLEAN, default=False, help="write logits and targets of the scored split "
-            "as .npz, for what comes after training (tau-normalisation, logit adjustment, ...)")
+        add("--save-logits", action=BOOLEAN, default=False, help="write logits and targets of the scored "
+            "split as .npz, for what comes after training (tau-normalisation, logit adjustment, ...)")
         add("--evaluate-every", type=count, help="epochs between evaluations; the last is always evaluated")
         add("--device", type=text, default="auto", help="cpu, cuda, cuda:1, mps")
         add("--time-limit", type=number, metavar="MINUTES", help="stop after a step; --resume goes on")

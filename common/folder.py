@@ -1,4 +1,4 @@
-"""What a run leaves on disk: its folder, log.jsonl, result.json, nets, and checkpoints that outlive a crash."""
+"""What a run leaves on disk: its folder, log.jsonl, result.json, nets, checkpoints that outlive a crash."""
 import json
 import os
 import platform
@@ -13,10 +13,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common.ranks import choose_device, derive_seed, fail, rank, ranks, reason_of, say, sum_ranks, wait_for_ranks
+from common.ranks import (choose_device, derive_seed, fail, rank, ranks, reason_of, say, sum_ranks,
+                          wait_for_ranks)
 
 MAY_CHANGE = ("workers", "device", "compile", "time_limit", "resume", "out", "skip_bad_images",
-              "dataset", "data_dir", "train_list", "test_list")  # the fingerprint says whether data is the same
+              "dataset", "data_dir", "train_list", "test_list")  # the fingerprint says whether it is the same
 
 
 # ---------------------------------------------------------------- files
@@ -212,7 +213,8 @@ class Folder:
             left = sorted(path.name for path in self.path.iterdir()
                           if path.suffix == ".pt" or path.name == "result.json")
             if left:
-                raise ValueError(f"{self.path} holds {left[0]} but no last.pt to go on from; name another --out")
+                raise ValueError(f"{self.path} holds {left[0]} but no last.pt to go on from; name another "
+                                 f"--out")
             return
 
         saved, now = (json.loads(json.dumps(args)) for args in (state["args"], vars(self.args)))
@@ -228,10 +230,11 @@ class Folder:
     def check_ranks_agree(self, device):
         """Raise ValueError where the ranks have resumed from different places."""
         progress = self.state.get("progress", {})
-        place = derive_seed(*map(progress.get, ("stage", "epoch", "step")), sorted(self.state.get("done", {})))
-        place = float(place % 2**20)
+        done = sorted(self.state.get("done", {}))
+        place = float(derive_seed(*map(progress.get, ("stage", "epoch", "step")), done) % 2**20)
         if sum_ranks(torch.tensor(place, device=device)).item() != ranks() * place:
-            raise ValueError(f"ranks see different checkpoints in {self.path}: all machines must share --out's disk")
+            raise ValueError(f"ranks see different checkpoints in {self.path}: all machines must share the "
+                             f"disk of --out")
 
     def start_log(self, method):
         """Write log.jsonl's first line; or after a resume cut off what is behind the checkpoint, and so will
@@ -360,7 +363,8 @@ def load_last(folder):
                 damage = damage or reason
                 continue
             if not isinstance(state, dict) or not {"args", "data", "log_lines"} <= set(state):
-                raise ValueError(f"{path} is not a run's checkpoint, or an older version's; name another --out")
+                raise ValueError(f"{path} is not a run's checkpoint, or an older version's; name another "
+                                 f"--out")
             if path.name != "last.pt":
                 say(f"{damage or f'{folder}/last.pt is missing'}; going on from {path}")
             return state

@@ -383,7 +383,8 @@ def decoded(data, side):
         try:
             return as_tested(read_image(os.fsdecode(path))).numpy()
         except ValueError as reason:
-            raise UnreadableImage(f"cannot decode {reason} (--skip-bad-images leaves such files out)") from reason
+            raise UnreadableImage(f"cannot decode {reason} (--skip-bad-images leaves such files out)") \
+                from reason
 
     def images_of(split):
         with ThreadPoolExecutor() as pool:  # PIL's codecs run side by side

@@ -26,8 +26,9 @@ from common.evaluate import Diverged, class_sums, predict, scores, shot_groups, 
 from common.folder import default_folder, device_name, load_checkpoint, open_folder, save_net
 from common.loader import UnreadableImage, decoded, every_image, make_loader, split_batches
 from common.longtail import ImageFiles, fingerprint
-from common.ranks import (autocast, average_buffers, bad_input, derive_seed, fail, first_rank_first, gather_ranks,
-                          generator, peak_memory, rank, ranks, say, start_ranks, sum_gradients, sum_ranks, supports_bf16)
+from common.ranks import (autocast, average_buffers, bad_input, derive_seed, fail, first_rank_first,
+                          gather_ranks, generator, peak_memory, rank, ranks, say, start_ranks, sum_gradients,
+                          sum_ranks, supports_bf16)
 from common.stop import Stop
 
 FEW_STEPS = 500
@@ -45,7 +46,6 @@ class Run:
         self.folder = self.last_outputs = None
         self.device = start_ranks(args.device)
         self.autocast = autocast(self.device, args.amp)
-        self.precision = torch.bfloat16 if args.amp and supports_bf16(self.device) else torch.float32
         if args.sync_bn and (self.device.type != "cuda" or ranks() == 1):
             raise ValueError("--sync-bn needs GPUs and torchrun: torch's SyncBatchNorm has no CPU version")
         split_batches(1, args.batch_size, 0, ranks(), args.grad_accumulation)  # raises if it cannot
@@ -174,8 +174,9 @@ class Run:
 
         sizes = shot_groups(data.class_counts)
         groups = ", ".join(f"{int(members.sum())} {group}" for group, members in sizes.items())
-        say(f"{device_name(args.device)}, {'bf16' if self.precision is torch.bfloat16 else 'fp32'}; {data.name}: "
-            f"{len(data.train):,} training images, {data.num_classes} classes ({groups})")
+        precision = "bf16" if args.amp and supports_bf16(self.device) else "fp32"
+        say(f"{device_name(args.device)}, {precision}; {data.name}: {len(data.train):,} training images, "
+            f"{data.num_classes} classes ({groups})")
         say(f"settings of the recipe {args.recipe} ({args.recipe_why}); writing {self.folder.path}")
 
     def __enter__(self):
@@ -254,21 +255,21 @@ class Run:
         steps = epochs * math.ceil(n / batch_size)
         if steps < FEW_STEPS:
             larger = f" (larger than the {n:,} training images)" if batch_size > n else ""
-            say(f"note: {name} takes only {steps} steps in batches of {batch_size}{larger}; nets that start from "
-                f"nothing want thousands: more epochs, or a smaller --batch-size")
+            say(f"note: {name} takes only {steps} steps in batches of {batch_size}{larger}; nets that start "
+                f"from nothing want thousands: more epochs, or a smaller --batch-size")
 
     def _load_finished(self, name, path, model):
         """The weights of a stage that a resumed run has finished."""
         try:
             model.load_state_dict(load_checkpoint(path)["state_dict"])
         except (ValueError, KeyError, RuntimeError) as reason:
-            fail(f"{name} is finished, but its weights cannot be read ({reason}); bring that file back, or train "
-                 f"again with another --out")
+            fail(f"{name} is finished, but its weights cannot be read ({reason}); bring that file back, or "
+                 f"train again with another --out")
 
     def _open_stage(self, name, parts, optimizer):
         """What is saved of a stage besides these two, at its start; or what was saved in its middle, after
-        loading these two. step, losses [terms, step]: of the epoch in progress; means: the last epoch's losses;
-        best_all: percent, None before any score; seconds: of training."""
+        loading these two. step, losses [terms, step]: of the epoch in progress; means: the last epoch's
+        losses; best_all: percent, None before any score; seconds: of training."""
         if self.folder.state.get("stage") != name:
             return {"stage": name, "epoch": 0, "step": 0, "losses": torch.zeros(0), "means": {},
                     "best_all": None, "seconds": 0.0, "images": 0}
@@ -300,7 +301,8 @@ class Epoch:
 
     def batches(self, indices):
         """This rank's batches of the training images at `indices`: (images, targets, share, ends_step).
-        Behind a step the run may stop, with a checkpoint. At the end `row` holds the means of what `track` got."""
+        Behind a step the run may stop, with a checkpoint. At the end `row` holds the means of what `track`
+        got."""
         run, state = self.run, self.state
         self.steps = math.ceil(len(indices) / self.loader.batch_size)
         started, first, starts_step = time.time() - state["seconds"], state["step"], True
@@ -329,8 +331,9 @@ class Epoch:
         self.row = dict(state["means"])
 
     def _bar(self, batches, steps):
-        return tqdm(batches, f"{self.stage}, epoch {self.number + 1}", steps * self.run.args.grad_accumulation,
-                    leave=False, disable=None if rank() == 0 else True)
+        return tqdm(batches, f"{self.stage}, epoch {self.number + 1}",
+                    steps * self.run.args.grad_accumulation, leave=False,
+                    disable=None if rank() == 0 else True)
 
     def track(self, **terms):
         """Add these losses, the one that is minimised first, to those of the step; without waiting for the
@@ -369,6 +372,6 @@ class Epoch:
         what = f"the loss became {losses[0, bad[0]].item()} at step {bad[0] + 1}" if bad else \
             "the weights are no longer finite at the end"
         last = self.run.folder.path / "last.pt"
-        fail(f"{self.stage} diverged: {what} of epoch {self.number + 1}; train again with a smaller learning rate "
-             f"and another --out (--resume keeps a run's settings); last good checkpoint: "
+        fail(f"{self.stage} diverged: {what} of epoch {self.number + 1}; train again with a smaller learning "
+             f"rate and another --out (--resume keeps a run's settings); last good checkpoint: "
              f"{last if last.exists() else 'none yet'}")

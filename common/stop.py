@@ -9,8 +9,9 @@ import torch
 
 from common.ranks import ranks, say, sum_ranks
 
-SAME_WISH = 10  # seconds in which the same signal again is the same wish: schedulers signal every process, and
-# torchrun hands on what it got itself
+# seconds in which the same signal again is the same wish: schedulers signal every process, and torchrun
+# hands on what it got itself
+SAME_WISH = 10
 
 
 class Stop:
@@ -30,7 +31,7 @@ class Stop:
         if self.signal is None:
             self.signal, self.since = number, time.monotonic()
             if sys.stderr is not None:
-                os.write(2, b"\nstopping behind this step, with a checkpoint; another signal ends the run at once\n")
+                os.write(2, b"\nstopping behind this step, with a checkpoint; another signal ends all\n")
         elif number != self.signal or time.monotonic() - self.since > SAME_WISH:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
