@@ -90,10 +90,12 @@ def build_npz(name, path, imb_factor, seed, border=0):
     except Exception as reason:  # zipfile, zlib and numpy each raise their own for a damaged file
         why = " ".join(str(reason).split())[:100]
         raise ValueError(f"{path} is not a readable .npz file ({why})") from reason
+
     missing = [key for key in ("x_train", "y_train", "x_test", "y_test") if key not in arrays]
     if missing or ("x_val" in arrays) != ("y_val" in arrays):
         raise ValueError(f"{path} lacks {', '.join(missing) or 'one of x_val and y_val'}: it must hold "
                          "x_train y_train x_test y_test [x_val y_val class_names]")
+
     splits = {}
     for part in ("train", "val", "test"):
         if f"x_{part}" not in arrays:
@@ -109,6 +111,7 @@ def build_npz(name, path, imb_factor, seed, border=0):
             raise ValueError(f"{path}: x_{part} must hold square images of the size of x_train, "
                              f"they are {images.shape[1]} x {images.shape[2]}")
         splits[part] = Images(as_rgb(images, border), targets.astype(np.int64))
+
     train = splits["train"]
     if len(train) == 0:
         raise ValueError(f"{path}: x_train has no images")
@@ -202,6 +205,7 @@ def image_side(name, data_dir="data", train_list=None):
         return shape and shape[1]
     if name != "folder":
         return None
+
     sides = []
     try:
         for files in _files_by_class(data_dir, train_list):
@@ -299,6 +303,7 @@ def build_listed(name, data_dir, imb_factor, seed, train_list=None, test_list=No
     # no val for a training list of one's own, which may hold the val list's images
     has_val = tested == "test" and not train_list and (root / f"{prefix}_val.txt").is_file()
     val = listing("val") if has_val else None
+
     C = check_lists(train, [part for part in (val, test) if part], root,
                     None if train_list else PUBLISHED[name]["classes"])
     class_names = train.class_names or _folder_names(train, C)

@@ -145,6 +145,7 @@ def leave_out_unreadable(data, workers=1, cache=None):
         readable = np.union1d(readable, keys[is_good])
         lines += [f"{part}: {line}" for line in wrong.values()]
         if cache:
+            Path(cache).parent.mkdir(parents=True, exist_ok=True)
             atomic_write(cache, lambda file, keys=readable: np.save(file, keys))
     if not lines:
         return data

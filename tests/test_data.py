@@ -588,7 +588,7 @@ def test_a_class_or_split_of_which_nothing_is_left_is_one_line(tmp_path, emptied
 
 def test_readable_files_are_looked_at_once(tmp_path, monkeypatch, capsys):
     from common import data as room
-    root, cache, read = write_tree(tmp_path / "set", {"a": 3, "b": 3}), tmp_path / "readable", []
+    root, cache, read = write_tree(tmp_path / "set", {"a": 3, "b": 3}), tmp_path / "runs" / "readable", []
     real = room.read_image
     monkeypatch.setattr(room, "read_image", lambda path: read.append(path) or real(path))
     (root / "train" / "a" / "0.png").write_bytes(b"junk")
@@ -602,7 +602,7 @@ def test_readable_files_are_looked_at_once(tmp_path, monkeypatch, capsys):
     cache.write_bytes(cache.read_bytes()[:50])
     capsys.readouterr()
     assert len(looked_at()) == 10 and "is damaged" in capsys.readouterr().out
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("readable")] == ["readable"]
+    assert [path.name for path in cache.parent.iterdir()] == ["readable"]
 
 
 # ---------------------------------------------------------------- load and image_side
