@@ -8,11 +8,8 @@ Under torchrun every rank calls with the same list and gets its slice of each gl
 number of an augmentation is a function of (seed, epoch, position in the list): it does not change with the
 number of ranks, the number of workers, or a resumed run.
 """
-import atexit
 import math
-import multiprocessing
 import os
-import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +24,7 @@ from common.augment import (color_jitter_gray, mixup_cutmix, rand_augment, rando
                             random_resized_crop_flip, resize)
 from common.files import read_image
 from common.longtail import Images
+from common.workers import PATIENCE, items, start_worker
 
 AUGMENTATIONS = ("none", "standard", "augmented", "resized", "strong")
 CROP_PADDING = 4  # black pixels on each side before the random crop of small images
@@ -292,22 +290,6 @@ class _EpochChunks:
         return sum(math.ceil(len(positions) / CHUNK) for positions, _, _ in self.parts)
 
 
-def _leave_signals_to_the_parent(worker):
-    """Signals to the whole process group must leave the parent its batch: SIGINT does nothing to a worker,
-    SIGTERM ends it half a minute later."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
-
-
-def _kill_workers():
-    """When the process ends: multiprocessing would send them SIGTERM and wait for them."""
-    if hasattr(signal, "SIGCHLD"):  # torch's handler would take it for an accident
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
 class StreamedLoader:
     """Batches from image files, decoded and augmented in `workers` processes (0: in this one).
 
@@ -328,12 +310,11 @@ class StreamedLoader:
         self.augmentation, self.sampler = augmentation.name, _EpochChunks()
         self.bad_images, self.bad_indices = set(), set()
 
-        atexit.register(_kill_workers)
         # chunks of all workers together, two parts' worth
         ahead = min(2 * cut.batch_size // (cut.ranks * cut.accumulation * CHUNK), CHUNKS_AHEAD)
         self.loader = torch.utils.data.DataLoader(
             files, batch_sampler=self.sampler, num_workers=workers,
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=start_worker, timeout=PATIENCE if workers else 0,
             prefetch_factor=max(2, ahead // workers) if workers else None,
             # A forked worker sees the parent's list of paths; another kind would get a copy of it
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -347,7 +328,7 @@ class StreamedLoader:
         batch `first_step` on."""
         parts = list(split_batches(len(indices), self.cut, first_step))
         self.sampler.indices, self.sampler.epoch, self.sampler.parts = np.asarray(indices), epoch, parts
-        chunks = iter(self.loader)
+        chunks = items(self.loader)
 
         for positions, share, ends_step in parts:
             pieces = [next(chunks) for _ in range(0, len(positions), CHUNK)]
@@ -408,6 +389,8 @@ def make_loader(split, data, cut, device, augmentation=Augmentation(), *older, w
         augmentation = "none" if isinstance(augmentation, Augmentation) else augmentation
         augmentation = Augmentation(augmentation, names.pop("seed", 0), noise)
         cut = Cut(cut, **names)
+    elif older:
+        workers, = older
     if augmentation.name not in AUGMENTATIONS:
         raise ValueError(f"unknown augmentation {augmentation.name!r}; known: {', '.join(AUGMENTATIONS)}")
     if isinstance(split, Images):

@@ -223,11 +223,11 @@ def say(text):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def die_with_parent(number):
+def die_with_parent(number, parent=None):
     """Let the system send this process a signal when the one that started it has ended, so that none trains
-    on alone (Linux; elsewhere nothing does)."""
+    on alone (Linux; elsewhere nothing does). parent: the id of that one (None: who it is now)."""
     if sys.platform == "linux":
-        parent = os.getppid()
+        parent = parent or os.getppid()
         ctypes.CDLL(None).prctl(1, number, 0, 0, 0)  # 1: PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os.kill(os.getpid(), number)

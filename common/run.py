@@ -30,6 +30,7 @@ from common.ranks import (autocast, average_buffers, bad_input, derive_seed, fai
                           gather_ranks, generator, peak_memory, rank, ranks, say, start_ranks, sum_gradients,
                           sum_ranks, supports_bf16)
 from common.stop import Stop
+from common.workers import LostWorker
 
 FEW_STEPS = 500
 FEW_FILES = 20_000  # up to 64 pixels so many are decoded once, 250 MB at the most
@@ -180,7 +181,7 @@ class Run:
         say(f"settings of the recipe {args.recipe} ({args.recipe_why}); writing {self.folder.path}")
 
     def __enter__(self):
-        self.guard = bad_input(UnreadableImage, Diverged)
+        self.guard = bad_input(UnreadableImage, LostWorker, Diverged)
         self.guard.__enter__()
         return self
 

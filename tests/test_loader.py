@@ -2,8 +2,6 @@
 import math
 import os
 import pickle
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -512,19 +510,6 @@ def test_the_next_epoch_s_first_batch_comes_within_a_second(tmp_path):
             last = time.monotonic()
         processes |= {worker.pid for worker in loader.loader._iterator._workers}
     assert len(processes) == 1  # it lives on
-
-
-def test_a_process_ends_while_workers_wait(tmp_path):
-    write_folder(tmp_path, random_images(4, side=70))
-    code = ("from common.data import load\nfrom common.loader import Augmentation, Cut, make_loader\n"
-            f"data = load('folder', {str(tmp_path)!r})\n"
-            "loaders = [make_loader(data.train, data, Cut(2), 'cpu', Augmentation(augmentation), workers=1)"
-            " for augmentation in ('standard', 'none')]\n"
-            "iterators = [loader.batches(range(4)) for loader in loaders]\n"
-            "print([len(next(batches).images) for batches in iterators])\n")
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, text=True,
-                          capture_output=True, timeout=120)
-    assert (done.returncode, done.stdout.splitlines()[-1:], done.stderr) == (0, ["[2, 2]"], "")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
