@@ -1,5 +1,5 @@
-"""Worker processes of a torch DataLoader that neither lose a run nor outlive it: how they start, are waited for,
-and end."""
+"""Worker processes of a torch DataLoader that neither lose a run nor outlive it: their start, what they send,
+their end."""
 import atexit
 import contextlib
 import multiprocessing
@@ -60,7 +60,7 @@ def _start(loader):
         # torch's own handler raises when a worker dies, anywhere in the step; `next` finds out as well
         signal.signal(signal.SIGCHLD, on_child)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        # Last registered is first called: before torch and multiprocessing wait for workers to end by themselves
+        # The last one registered is called first: before torch and multiprocessing wait for the workers' end
         atexit.unregister(_signal_workers)
         atexit.register(_signal_workers, signal.SIGKILL)
 
@@ -80,14 +80,14 @@ def _one_line():
     except (RuntimeError, OSError, EOFError) as reason:
         text = str(reason)
         if "shared memory" in text or "No space left" in text:
-            what = "the shared memory, /dev/shm, is full: make it larger (docker run --shm-size 8g), or take fewer " \
-                "--workers (0: none)"
+            what = "the shared memory, /dev/shm, is full: make it larger (docker run --shm-size 8g), or take " \
+                "fewer --workers (0: none)"
         elif "Too many open files" in text:
             what = "too many open files: allow more (ulimit -n 65536), or take fewer --workers (0: none)"
         elif not isinstance(reason, RuntimeError) or "exited unexpectedly" in text or "killed by" in text \
                 or "timed out" in text:
-            what = "a worker process was killed, perhaps for want of memory: take fewer --workers (0: none), or a " \
-                "smaller --batch-size; --resume goes on"
+            what = "a worker process was killed, perhaps for want of memory: take fewer --workers (0: none); " \
+                "--resume goes on"
         else:
             raise
         raise LostWorker(what) from reason

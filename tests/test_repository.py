@@ -56,7 +56,8 @@ def test_sources_import_only_the_card_s_packages():
 
 
 # room -> its floor: it may import rooms of lower floors alone. All others are on the first
-FLOORS = {"builders": 2, "folder": 2, "loader": 2, "pretrained": 2, "stop": 2, "data": 3, "flags": 4, "run": 5}
+FLOORS = {"builders": 2, "folder": 2, "pretrained": 2, "stop": 2, "workers": 2, "data": 3, "loader": 3, "flags": 4,
+          "run": 5}
 
 
 def test_rooms_import_no_method_and_only_lower_floors():

@@ -1,4 +1,4 @@
-"""The room common/workers.py: worker processes that are signalled, stopped, killed, orphaned, out of memory."""
+"""The room common/workers.py: worker processes signalled, stopped, killed, orphaned, out of memory."""
 import os
 import signal
 import subprocess
@@ -70,8 +70,8 @@ def test_workers_die_with_their_parent_even_stopped_ones(folder):
 
 @linux
 def test_a_stopped_worker_does_not_keep_a_process_from_ending(folder):
-    with subprocess.Popen(script(folder, "sys.stdin.readline()"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(script(folder, "sys.stdin.readline()"), stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         os.kill(pids[1], signal.SIGSTOP)
         asked = time.monotonic()

@@ -1,5 +1,5 @@
-"""A process whose loader has worker processes: `python tests/with_workers.py FOLDER WORKERS LINE` prints their
-ids and then runs the line of Python, which may use `batches`."""
+"""A process whose loader has worker processes: `python tests/with_workers.py FOLDER WORKERS LINE` prints
+their ids and then runs the line of Python, which may use `batches`."""
 import sys
 import time
 from pathlib import Path
