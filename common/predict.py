@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 
 from common.augment import normalise
-from common.files import read_image
+from common.files import escape_unprintable, read_image
 from common.flags import count, text
 from common.folder import load_checkpoint
 from common.loader import Augmentation, file_transform
@@ -62,7 +62,7 @@ def main(argv=None):
         model, saved = load_any(args.checkpoint)
         best = predict_files(model, saved, args.files).topk(min(args.top, len(saved["class_names"])))
 
-    sys.stdout.reconfigure(errors="backslashreplace")
+    escape_unprintable()
     writer = csv.writer(sys.stdout)
     if args.csv:
         writer.writerow(["file", "class", "probability"])

@@ -140,8 +140,6 @@ def ranks():
 
 def start_ranks(device_name):
     """Join the other processes when torchrun started this one. Returns the device."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the screen cannot show ends no run
     with bad_input(shared=False):
         device = choose_device(device_name)
     if ranks() > 1:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from common.data import leave_out_unreadable, load, write_lists
 from common.evaluate import Diverged, class_sums, predict, scores, shot_groups, table
+from common.files import escape_unprintable
 from common.folder import default_folder, device_name, load_checkpoint, open_folder, save_net
 from common.loader import UnreadableImage, decoded, every_image, make_loader, split_batches
 from common.longtail import ImageFiles, fingerprint
@@ -45,6 +46,7 @@ class Run:
     def __init__(self, method, args):
         self.method, self.args, self.stages = method, args, []
         self.folder = self.last_outputs = None
+        escape_unprintable()
         self.device = start_ranks(args.device)
         self.autocast = autocast(self.device, args.amp)
         if args.sync_bn and (self.device.type != "cuda" or ranks() == 1):
