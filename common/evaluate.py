@@ -177,6 +177,33 @@ def class_sums(model, batches, num_classes, autocast):
     return sums
 
 
+def gradient_norms(model, batches, head, autocast):
+    """How much of the gradient of the mean cross-entropy comes from some classes (Figure 1 of Asynchronous
+    Modeling): the cosines of their images' part, and of the others', with the whole, and the three norms.
+
+    batches: of (images, targets, ...). head: ids of these classes. autocast: as in `predict`. Returns
+    {"cosine_head", "norm_head", "cosine_tail", "norm_tail", "norm"}. The model is left in eval mode, so that
+    batch norm's statistics stay, and without gradients.
+    """
+    model.eval()
+    parameters, batches = list(model.parameters()), list(batches)
+    num_images = sum(len(targets) for _, targets, *_ in batches)
+    parts = []
+    for in_part in (True, False):
+        for images, targets, *_ in batches:
+            with autocast():
+                losses = F.cross_entropy(model(images)[0], targets, reduction="none") / num_images
+            losses[torch.isin(targets, head) == in_part].sum().backward()
+        parts.append(torch.cat([p.grad.reshape(-1) for p in parameters]))
+        model.zero_grad()
+
+    of_head, of_tail = parts
+    whole = of_head + of_tail
+    cosine = [F.cosine_similarity(part, whole, dim=0).item() for part in parts]
+    return {"cosine_head": cosine[0], "norm_head": of_head.norm().item(), "cosine_tail": cosine[1],
+            "norm_tail": of_tail.norm().item(), "norm": whole.norm().item()}
+
+
 def table(rows):
     """The final table as text. rows: [(name, scores)], scores a dict with many, medium, few, all, ece, mce
     and maybe ncm and best_all (percent or None); columns that no row has are left out."""

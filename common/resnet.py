@@ -226,6 +226,18 @@ class CosineClassifier(nn.Module):
             features = F.normalize(features.to(self.weight.dtype), dim=1)
             return self.scale * features @ F.normalize(self.weight, dim=1).t()
 
+    @torch.no_grad()
+    def imprint(self, features, targets, classes, others):
+        """Set the rows of `classes` to their class's mean unit feature, as long as the rows of `others` are
+        on average (hshustc/CVPR19_Incremental_Learning).
+
+        features: [n, D]; targets: class ids [n]; classes, others: class ids.
+        """
+        length = self.weight[others].norm(dim=1).mean()
+        features = F.normalize(features, dim=1)
+        for c in classes.tolist():
+            self.weight[c] = length * F.normalize(features[targets == c].mean(0), dim=0)
+
 
 def fold_batch_norm(net):
     """A frozen copy of a net in which batch norm right behind a convolution is part of its weights and bias.

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from common.data import leave_out_unreadable, load, write_lists
-from common.evaluate import Diverged, class_sums, predict, scores, shot_groups, table
+from common.evaluate import Diverged, class_sums, gradient_norms, predict, scores, shot_groups, table
 from common.files import escape_unprintable
 from common.folder import default_folder, device_name, load_checkpoint, open_folder, save_net
 from common.loader import UnreadableImage, decoded, every_image, make_loader, split_batches
@@ -154,6 +154,13 @@ class Run:
         features, targets, read = (gather_ranks(part).cpu() for part in parts)
         order = read.argsort()
         return features[order], targets[order], read[order]
+
+    def gradient_norms(self, model, classes, head):
+        """`gradient_norms` of the classes `head` among `classes`: on those of 512 training images, the same
+        each time, that are of `classes`."""
+        probe = torch.randperm(len(self.targets), generator=generator(self.args.seed, "probe"))[:512]
+        probe = probe[torch.isin(self.targets[probe], classes.cpu())]
+        return gradient_norms(model, self.train_images.batches(probe), head.to(self.device), self.autocast)
 
     def evaluate(self, load_model, assess):
         """--evaluate: the scores of a saved net, printed and returned. load_model(path, class_names) -> (net,
