@@ -16,7 +16,7 @@ import torch.distributed as dist
 from common.ranks import (choose_device, derive_seed, fail, rank, ranks, reason_of, say, sum_ranks,
                           wait_for_ranks)
 
-MAY_CHANGE = ("workers", "device", "compile", "time_limit", "resume", "out", "skip_bad_images",
+MAY_CHANGE = ("workers", "device", "compile", "time_limit", "resume", "out", "skip_bad_images", "recipe_why",
               "dataset", "data_dir", "train_list", "test_list")  # the fingerprint says whether it is the same
 
 

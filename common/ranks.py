@@ -124,7 +124,8 @@ def _from_torchrun(name, otherwise):
     """A whole number that torchrun sets. Ends the run where it is none."""
     text = os.environ.get(name, str(otherwise))
     if not text.isdecimal():
-        fail(f"the environment's {name} must be a whole number as torchrun sets it, it is {text!r}")
+        fail(f"the environment's {name} must be a whole number as torchrun sets it, it is {text!r}",
+             shared=False)
     return int(text)
 
 

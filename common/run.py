@@ -272,9 +272,9 @@ class Run:
         """The weights of a stage that a resumed run has finished."""
         try:
             model.load_state_dict(load_checkpoint(path)["state_dict"])
-        except (ValueError, KeyError, RuntimeError) as reason:
-            fail(f"{name} is finished, but its weights cannot be read ({reason}); bring that file back, or "
-                 f"train again with another --out")
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as reason:
+            fail(f"{name} is finished, but {path} cannot be used ({str(reason)[:200]}); bring it back, "
+                 f"or train again with another --out")
 
     def _open_stage(self, name, parts, optimizer):
         """What is saved of a stage besides these two, at its start; or what was saved in its middle, after

@@ -10,21 +10,9 @@ import time
 import pytest
 import torch
 
-from tests.tiny import (METHODS, assert_same_run, ended, image_folder, log_rows, run, run_in_parts, start,
-                        wait_for)
+from tests.tiny import METHODS, assert_same_run, ended, image_folder, log_rows, run_in_parts, start, wait_for
 
 LONG = ("--epochs", "1000", "--out", "run")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """whole(method): the folder of a run that nothing has cut off, and how many seconds it took."""
-    @functools.cache
-    def of(method):
-        folder, started = tmp_path_factory.mktemp(method), time.time()
-        run(method, folder)
-        return folder / "run", time.time() - started
-    return of
 
 
 # ---------------------------------------------------------------- bit for bit
@@ -114,7 +102,8 @@ def test_another_signal_ends_the_process_at_once(tmp_path):
 
 def test_a_signal_to_the_whole_group_leaves_the_workers_alive_until_it_is_written(tmp_path):
     image_folder(tmp_path / "images", side=40)
-    flags = ("--dataset", "folder", "--data-dir", "images", "--workers", "2", "--recipe", "cifar100_lt")
+    flags = ("--dataset", "folder", "--data-dir", "images", "--workers", "2", "--recipe", "cifar100_lt",
+             "--evaluate-every", "1000")
     assert signalled(tmp_path, signal.SIGTERM, flags=(*flags, *LONG), group=True) == 143
     assert "stopped by SIGTERM" in (tmp_path / "out").read_text()
     assert "Traceback" not in (tmp_path / "err").read_text()

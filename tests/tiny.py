@@ -1,4 +1,5 @@
 """Small data sets, a tiny run of each script, processes that start warm, and comparing what runs leave."""
+import atexit
 import ctypes
 import importlib
 import json
@@ -158,7 +159,10 @@ def _work(method, folder, flags, prepare, out, err, environment, group):
     if prepare:
         prepare()
     module, sys.argv = importlib.import_module(method), [f"{method}.py", *flags]
-    module.main(module.parse_args(flags))
+    try:
+        module.main(module.parse_args(flags))
+    finally:
+        atexit._run_exitfuncs()  # as at a script's end; multiprocessing leaves them out
 
 
 def ended(process, seconds=120):
