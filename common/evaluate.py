@@ -127,6 +127,14 @@ def classifier_by_frequency(classifier, class_counts):
             "biases": None if bias is None else bias[order].tolist()}
 
 
+def add_gains_over_baseline(stages):
+    """Where the first of these dicts of scores is named "baseline", give each other its gain over it for each
+    class: "gain_over_baseline", C points, None where the class has no test image."""
+    for stage in stages[1:] if stages[0]["name"].startswith("baseline") else []:
+        pairs = zip(stage["per_class_accuracy"], stages[0]["per_class_accuracy"])
+        stage["gain_over_baseline"] = [None if ours is None else ours - base for ours, base in pairs]
+
+
 class Diverged(ValueError):
     """A net whose outputs are not numbers."""
 

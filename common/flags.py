@@ -45,6 +45,11 @@ def fraction(value):
     return _checked(number(value), number(value) <= 1, "must lie in [0, 1]")
 
 
+def part(value):
+    """A number in [0, 1)."""
+    return _checked(number(value), number(value) < 1, "must lie in [0, 1)")
+
+
 def factor(value):
     """An imbalance factor, largest class / smallest class."""
     return _checked(float(value), 1 <= float(value) <= 1e12, "is max/min and must be at least 1")

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from common.ranks import say
 from common.resnet import CIFAR_DEPTHS, build_encoder, load_weights
 from common.vit import ViT, resize_positions
 
@@ -176,12 +177,14 @@ def backbone_weights(weights, arch):
     return renamed
 
 
-def load_encoder(arch, weights=None):
+def load_encoder(arch, weights=None, affine=None):
     """A frozen encoder, images [N, 3, H, W] -> its last map [N, D, h, w]; D is `.feature_dim`, `.stride` the
     pixels of the image a pixel of the map.
 
     arch: a CIFAR ResNet, torchvision's name (`torchvision:NAME` too) or `timm:NAME`. weights: a file,
-    "ImageNet-1K" (what torchvision publishes, or timm under that name), or None: random. Raises ValueError.
+    "ImageNet-1K" (what torchvision publishes, or timm under that name), or None: random. affine: what
+    `renormalise` returned, kept as `.affine`: the encoder then takes images as the data set's are. Raises
+    ValueError.
     """
     library, _, name = arch.rpartition(":")
     if library not in ("", "torchvision", "timm"):
@@ -190,11 +193,75 @@ def load_encoder(arch, weights=None):
 
     state = backbone_weights(weights, name)
     try:
-        return build(name, state)
+        encoder = build(name, state)
+        encoder = encoder if affine is None else _Renormalised(encoder, affine)
+        encoder.affine = affine
+        return encoder
     except ValueError as reason:
         if not isinstance(state, dict):
             raise
         raise ValueError(f"{weights} holds {_described(state)}; {reason}") from reason
+
+
+def encoder_for(data, arch, weights, normalisation, smallest):
+    """An encoder for a data set's images, which may be normalised otherwise than those that it learnt from.
+
+    data: has mean and std. arch, weights: as `load_encoder`; "embedded": the repository's own small teacher.
+    normalisation: mean and deviation, 6 numbers (None: as the file says, ImageNet's, or the data set's).
+    smallest: side in pixels of the smallest images that it will see. Raises ValueError, also where these
+    leave a map of one pixel.
+    """
+    if weights == "ImageNet-1K" and data.name == "imagenet_lt":
+        say("warning: the teacher learnt these classes from all of ImageNet-1K")
+    if weights == "embedded":
+        weights = pathlib.Path(__file__).parent / "assets" / "fashion_teacher.pt"
+    wanted = normalisation or normalisation_of(weights)
+    encoder = load_encoder(arch, weights, renormalise([*data.mean, *data.std], wanted))
+
+    with torch.no_grad():
+        side = encoder(torch.zeros(1, 3, smallest, smallest)).shape[-1]
+    if side < 2:
+        raise ValueError(f"--resolutions {smallest} leaves a map of one pixel, 2 x 2 are needed: the "
+                         f"teacher's stride is {encoder.stride}")
+    return encoder
+
+
+def normalisation_of(weights):
+    """Mean and deviation of the images that a net learnt from, 6 numbers for pixels in [0, 1]: those that its
+    file holds as "mean" and "std", ImageNet's for "ImageNet-1K"; None where nothing says it."""
+    if weights == "ImageNet-1K":
+        return [0.485, 0.456, 0.406, 0.229, 0.224, 0.225]
+    content = _read_torch(weights) if weights and pathlib.Path(weights).suffix != ".safetensors" else None
+    if not isinstance(content, dict) or not {"mean", "std"} <= set(content):
+        return None
+    return [*map(float, content["mean"]), *map(float, content["std"])]
+
+
+def renormalise(given, wanted):
+    """What turns images that are normalised by `given` into such that are normalised by `wanted`.
+
+    Both: mean and deviation, 6 numbers; wanted None: unknown. Returns [3 factors, 3 shifts], or None where
+    they are alike. Raises ValueError.
+    """
+    if wanted is None or list(wanted) == list(given):
+        return None
+    if min(*given[3:], *wanted[3:]) <= 0:
+        raise ValueError(f"deviations must be positive, got {list(given)} and {list(wanted)}")
+    factors = [std / own for std, own in zip(given[3:], wanted[3:])]
+    return [factors, [(mean - own) / std for mean, own, std in zip(given[:3], wanted[:3], wanted[3:])]]
+
+
+class _Renormalised(nn.Module):
+    """An encoder behind a factor and a shift of each channel."""
+
+    def __init__(self, encoder, affine):
+        super().__init__()
+        self.encoder, self.affine = encoder, affine
+        self.feature_dim, self.stride = encoder.feature_dim, encoder.stride
+
+    def forward(self, images):
+        factor, shift = images.new_tensor(self.affine).view(2, 3, 1, 1)
+        return self.encoder(images * factor + shift)
 
 
 class _TimmEncoder(nn.Module):

@@ -239,6 +239,26 @@ class CosineClassifier(nn.Module):
             self.weight[c] = length * F.normalize(features[targets == c].mean(0), dim=0)
 
 
+class ScaledLinear(nn.Linear):
+    """logits = s_c (W_c v + b_c), with a learnable factor s of each class, 1 at the start (learnable weight
+    scaling, Kang et al., ICLR 2020). forward: features [N, D] -> logits [N, C]."""
+
+    def __init__(self, feature_dim, num_classes):
+        super().__init__(feature_dim, num_classes)
+        self.scale = nn.Parameter(torch.ones(num_classes))
+
+    def forward(self, features):
+        return self.scale * super().forward(features)
+
+
+@torch.no_grad()
+def tau_normalise(classifier, tau=1.0):
+    """Scale a classifier's rows to |W_c|^(1 - tau) and drop its bias, if it has one (Kang et al., ICLR 2020)."""
+    classifier.weight /= classifier.weight.norm(dim=1, keepdim=True) ** tau
+    if getattr(classifier, "bias", None) is not None:
+        classifier.bias.zero_()
+
+
 def fold_batch_norm(net):
     """A frozen copy of a net in which batch norm right behind a convolution is part of its weights and bias.
 

@@ -234,8 +234,8 @@ class Run:
         """The epochs of a stage that are still to be done: all; those behind where a resumed run was cut off;
         none, where it had finished: then `model` is loaded from `file`, which is written behind the last one.
 
-        parts: what is trained, where that is more than the model. about: saved in `file` beside what rebuilds
-        the net.
+        optimizer: one, or a list. parts: what is trained, where that is more than the model. about: saved in
+        `file` beside what rebuilds the net.
         """
         done, path = self.folder.state.get("done", {}), self.folder.path / file
         if name in done:
@@ -284,14 +284,18 @@ class Run:
             return {"stage": name, "epoch": 0, "step": 0, "losses": torch.zeros(0), "means": {},
                     "best_all": None, "seconds": 0.0, "images": 0}
         parts.load_state_dict(self.folder.state["model"])
-        optimizer.load_state_dict(self.folder.state["optimizer"])
+        saved = self.folder.state["optimizer"]
+        for each, its in zip(optimizer, saved) if isinstance(optimizer, list) else [(optimizer, saved)]:
+            each.load_state_dict(its)
         return self.folder.state["progress"]
 
     def save_stage(self, state, parts, optimizer):
         """Write last.pt in the middle of a stage."""
         losses = sum_ranks(state["losses"].clone())
+        optimizer = [each.state_dict() for each in optimizer] if isinstance(optimizer, list) else \
+            optimizer.state_dict()
         self.folder.save(stage=state["stage"], progress={**state, "losses": losses}, model=parts.state_dict(),
-                         optimizer=optimizer.state_dict(), done=self.folder.state.get("done", {}))
+                         optimizer=optimizer, done=self.folder.state.get("done", {}))
 
 
 class Epoch:
@@ -335,7 +339,7 @@ class Epoch:
                     run.stop.end(run.folder.path)
 
         average_buffers(self.parts)
-        losses = self._check_finite(self.losses)
+        losses = self.step_losses = self._check_finite(self.losses)
         state.update(seconds=time.time() - started, images=state["images"] + len(indices),
                      means=dict(zip(state["terms"], losses.mean(1).tolist())))
         self.row = dict(state["means"])
@@ -352,6 +356,11 @@ class Epoch:
         if self.losses is None:
             self.state["terms"], self.losses = list(terms), values.new_zeros(len(values), self.steps)
         self.losses[:, self.state["step"]] += values
+
+    def curve(self, term, points=50):
+        """A tracked term at no more than so many of the epoch's steps, evenly spaced: a list to draw."""
+        values = self.step_losses[self.state["terms"].index(term)].tolist()
+        return [round(value, 5) for value in values[::math.ceil(len(values) / points)]]
 
     def log(self, **row):
         """Add to the epoch's line of log.jsonl."""

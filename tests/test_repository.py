@@ -20,7 +20,7 @@ PURE = {  # samplers, losses, schedules: method -> names
     "async_lt": ["progressive_probabilities", "weighted_indices", "select_exemplars", "memory_retentive_loss",
                  "margin_loss", "step_lr", "cosine_lr"],
     "livt": ["instance_indices", "balanced_bce_loss", "balanced_ce_loss", "bayes_decode", "warmup_cosine_lr"],
-    "candle": ["class_balanced_indices", "label_aware_smoothing_loss", "distillation_kl",
+    "candle": ["equal_class_indices", "label_aware_smoothing_loss", "distillation_kl",
                "feature_similarity_loss", "cosine_lr"],
 }
 
@@ -56,8 +56,8 @@ def test_sources_import_only_the_card_s_packages():
 
 
 # room -> its floor: it may import rooms of lower floors alone. All others are on the first
-FLOORS = {"builders": 2, "folder": 2, "pretrained": 2, "stop": 2, "workers": 2, "data": 3, "loader": 3, "flags": 4,
-          "run": 5}
+FLOORS = {"builders": 2, "folder": 2, "pretrained": 2, "stop": 2, "workers": 2, "data": 3, "loader": 3,
+          "student": 3, "flags": 4, "run": 5}
 
 
 def test_rooms_import_no_method_and_only_lower_floors():
@@ -103,6 +103,7 @@ def test_a_sampler_loss_or_schedule_runs_from_its_own_source_alone(method, name)
     arguments = {
         "instance_indices": lambda: (targets, generator()),
         "class_balanced_indices": lambda: (targets, generator()),
+        "equal_class_indices": lambda: (targets, generator()),
         "feature_distillation_loss": lambda: tuple(features),
         "cbd_loss": lambda: (logits[0], targets, *features),
         "classifier_distillation_loss": lambda: (logits[0], targets, logits[1]),
