@@ -19,8 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import augment
-from common.augment import (color_jitter_gray, mixup_cutmix, rand_augment, random_crop_flip, random_erasing,
+from common.augment import (color_jitter_gray, normalise, rand_augment, random_crop_flip, random_erasing,
                             random_resized_crop_flip, resize)
 from common.files import read_image
 from common.longtail import Images
@@ -34,8 +33,11 @@ UNIFORMS = {"resized": 23, "strong": 46}  # random numbers that an augmentation 
 
 
 class UnreadableImage(ValueError):
-    """An image file that cannot be decoded."""
+    """An image file that cannot be decoded. reason: its path and why."""
     one_rank = True  # under torchrun one rank meets it, not all
+
+    def __init__(self, reason):
+        super().__init__(f"cannot decode {reason} (--skip-bad-images leaves such files out)")
 
 
 # ---------------------------------------------------------------- who gets which positions
@@ -71,36 +73,32 @@ class Batch(NamedTuple):
 
 
 def count_steps(num_indices, batch_size):
-    """Global batches, and so optimiser steps, in an epoch over a list of that length."""
-    return math.ceil(num_indices / batch_size)
+    """Global batches, and so optimiser steps, in an epoch over a list of that length: the last one may be
+    smaller. But a single image that is left over joins the batch before it: batch norm has no variance of one
+    image whose map has shrunk to one pixel."""
+    steps = math.ceil(num_indices / batch_size)
+    return steps - 1 if num_indices % batch_size == 1 and steps > 1 else steps
 
 
-def split_batches(num_indices, cut, *older, first_step=0, **old):
+def split_batches(num_indices, cut, first_step=0):
     """Positions of one rank's parts: yields (positions: a range, share, ends_step) for a list of that length.
 
-    Global batch b holds positions b * batch_size onwards; the last one may be smaller. A rank takes every
-    ranks-th position of it, in as many parts as every other rank. A global batch with fewer images than ranks
-    goes to every rank whole, each with share 1 / ranks. So no part is ever empty. first_step: the first
-    global batch.
+    Global batch b of `count_steps` holds positions b * batch_size onwards. A rank takes every ranks-th
+    position of it, in as many parts as every other rank. A global batch with fewer images than ranks goes to
+    every rank whole, each with share 1 / ranks. So no part is ever empty. first_step: the first global batch.
     """
-    if isinstance(cut, Cut):
-        return _parts(num_indices, cut, *older or [first_step])
-    names = dict(zip(("rank", "ranks", "accumulation", "first_step"), older), **old)
-    first_step = names.pop("first_step", first_step)
-    return _parts(num_indices, Cut(cut, **names), first_step)
-
-
-def _parts(num_indices, cut, first_step):
-    for step in range(first_step, count_steps(num_indices, cut.batch_size)):
+    steps = count_steps(num_indices, cut.batch_size)
+    for step in range(first_step, steps):
         start = step * cut.batch_size
-        whole = range(start, min(start + cut.batch_size, num_indices))
+        whole = range(start, num_indices if step == steps - 1 else start + cut.batch_size)
 
         takers = cut.ranks if len(whole) >= cut.ranks else 1  # among which it is dealt out
         mine = whole[cut.rank % takers::takers]
         weight = 1 / (len(whole) * (cut.ranks // takers))  # of an image
 
-        # as many parts as the largest rank's images need, but no more than the smallest one has images
-        largest, smallest = math.ceil(len(whole) / takers), len(whole) // takers
+        # as many parts as the largest rank's images need (one that joined needs none of its own), but no more
+        # than the smallest one has images
+        largest, smallest = math.ceil(min(len(whole), cut.batch_size) / takers), len(whole) // takers
         pieces = min(math.ceil(largest * cut.ranks * cut.accumulation / cut.batch_size), smallest)
         ends = [len(mine) * i // pieces for i in range(pieces + 1)]
 
@@ -144,8 +142,6 @@ def mix_seed(*numbers):
 class ResidentLoader:
     """Batches from a decoded split that lies on the device as uint8, without worker processes. Images of
     another side than the data set's `image_size` are resized to it."""
-    bad_images = bad_indices = frozenset()  # decoded long ago
-    batch_size = property(lambda self: self.cut.batch_size)
 
     def __init__(self, split, data, cut, device, augmentation):
         images = torch.from_numpy(split.images).to(device)
@@ -175,7 +171,7 @@ class ResidentLoader:
             if images.shape[-1] != self.size:
                 images = resize(images.float(), self.size, "bicubic").clamp_(0, 255)
 
-            images = augment.normalise(images, self.mean, self.std)
+            images = normalise(images, self.mean, self.std)
             if self.augmentation == "strong":
                 normals = self._normals(images.shape[1:], positions, epoch)
                 images = random_erasing(images, uniforms[here, 23:], normals, ERASING)
@@ -206,13 +202,17 @@ class ResidentLoader:
         return uniforms, torch.rand(num_indices, 2 * RAND_AUGMENT[0], generator=generator)
 
     def _normals(self, shape, positions, epoch):
-        """Standard normal noise [N, *shape]: drawn for the global batch, of which the positions take
+        """Standard normal noise [N, *shape]: drawn batch_size positions at a time, of which these take
         theirs."""
-        number, first = divmod(positions.start, self.cut.batch_size)
-        seed = mix_seed(self.seed, epoch, number + 1)
-        generator = torch.Generator(self.device).manual_seed(seed)
-        drawn = torch.randn(self.cut.batch_size, *shape, generator=generator, device=self.device)
-        return drawn[first:first + positions.stop - positions.start:positions.step]
+        size = self.cut.batch_size
+        blocks = range(positions[0] // size, positions[-1] // size + 1)  # two, where an image joined
+
+        drawn = []
+        for block in blocks:
+            generator = torch.Generator(self.device).manual_seed(mix_seed(self.seed, epoch, block + 1))
+            drawn.append(torch.randn(size, *shape, generator=generator, device=self.device))
+        start, stop = (end - blocks[0] * size for end in (positions.start, positions.stop))
+        return torch.cat(drawn)[start:stop:positions.step]
 
 
 # ---------------------------------------------------------------- streamed
@@ -255,23 +255,27 @@ def file_transform(data, augmentation):
 
 
 class _Files(torch.utils.data.Dataset):
-    """Item (index, epoch, position) -> (image, target, "" or why the file cannot be decoded), the image being
-    `blank` where it cannot."""
+    """Item (index, epoch, position) -> the augmented image; or a string, why it cannot be decoded."""
 
-    def __init__(self, split, transform, blank, seed):
-        self.split, self.transform, self.blank, self.seed = split, transform, blank, seed
+    def __init__(self, split, transform, seed):
+        self.split, self.transform, self.seed = split, transform, seed
 
     def __getitem__(self, item):
         index, epoch, position = item
-        target = int(self.split.targets[index])
         try:
             image = read_image(os.fsdecode(bytes(self.split.paths[index])))
         except ValueError as reason:
-            return self.blank, target, str(reason)
+            return str(reason)
 
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed(self.seed, epoch, position))
-            return self.transform(image), target, ""
+            return self.transform(image)
+
+
+def _collate(images):
+    """The images in one tensor, in memory that processes share; or why the first bad one of them is that."""
+    reasons = [image for image in images if isinstance(image, str)]
+    return reasons[0] if reasons else torch.utils.data.default_collate(images)
 
 
 class _EpochChunks:
@@ -293,27 +297,20 @@ class _EpochChunks:
 class StreamedLoader:
     """Batches from image files, decoded and augmented in `workers` processes (0: in this one).
 
-    Up to 64 pixels the augmentations are those of `ResidentLoader`; above, random resized crops. A file that
-    cannot be decoded raises UnreadableImage with its path; with skip_bad it is left out of its batch, and
-    `.bad_images` collects what was wrong with it, `.bad_indices` which images these are.
+    Up to 64 pixels the augmentations are those of `ResidentLoader`; above, random resized crops.
     """
-    batch_size = property(lambda self: self.cut.batch_size)
 
-    def __init__(self, split, data, cut, device, augmentation, workers, skip_bad):
-        size = data.image_size
-        blank = torch.zeros(3, size, size) if augmentation.name in ("augmented", "strong") else \
-            torch.zeros(size, size, 3, dtype=torch.uint8)
-        files = _Files(split, file_transform(data, augmentation), blank, augmentation.seed)
-
-        self.cut, self.device, self.num_images, self.skip_bad = cut, device, len(split), skip_bad
+    def __init__(self, split, data, cut, device, augmentation, workers):
+        self.targets, self.num_images = torch.from_numpy(split.targets).to(device), len(split)
         self.mean, self.std = (torch.tensor(values, device=device) for values in (data.mean, data.std))
-        self.augmentation, self.sampler = augmentation.name, _EpochChunks()
-        self.bad_images, self.bad_indices = set(), set()
+        self.cut, self.device, self.augmentation = cut, device, augmentation.name
+        self.sampler = _EpochChunks()
 
         # chunks of all workers together, two parts' worth
         ahead = min(2 * cut.batch_size // (cut.ranks * cut.accumulation * CHUNK), CHUNKS_AHEAD)
         self.loader = torch.utils.data.DataLoader(
-            files, batch_sampler=self.sampler, num_workers=workers,
+            _Files(split, file_transform(data, augmentation), augmentation.seed),
+            batch_sampler=self.sampler, collate_fn=_collate, num_workers=workers,
             worker_init_fn=start_worker, timeout=PATIENCE if workers else 0,
             prefetch_factor=max(2, ahead // workers) if workers else None,
             # A forked worker sees the parent's list of paths; another kind would get a copy of it
@@ -325,32 +322,26 @@ class StreamedLoader:
 
     def batches(self, indices, epoch=0, first_step=0):
         """An iterator over this rank's `Batch`es of an epoch over `indices` (int64 [n]), from the global
-        batch `first_step` on."""
+        batch `first_step` on. Raises UnreadableImage, and LostWorker where a worker process is gone."""
+        indices = np.asarray(indices)
         parts = list(split_batches(len(indices), self.cut, first_step))
-        self.sampler.indices, self.sampler.epoch, self.sampler.parts = np.asarray(indices), epoch, parts
+        self.sampler.indices, self.sampler.epoch, self.sampler.parts = indices, epoch, parts
+        targets = self.targets[torch.as_tensor(indices, device=self.device)]  # of the whole list
         chunks = items(self.loader)
 
         for positions, share, ends_step in parts:
             pieces = [next(chunks) for _ in range(0, len(positions), CHUNK)]
-            images, targets = (torch.cat([piece[i].to(self.device, non_blocking=True) for piece in pieces])
-                               for i in range(2))
+            for piece in pieces:
+                if isinstance(piece, str):
+                    raise UnreadableImage(piece)
 
-            reasons = [reason for piece in pieces for reason in piece[2]]
-            readable = [i for i, reason in enumerate(reasons) if not reason]
-            if len(readable) < len(reasons):
-                bad = [reason for reason in reasons if reason]
-                if not self.skip_bad:
-                    self.loader = chunks = None  # ends the worker processes
-                    raise UnreadableImage(f"cannot decode {bad[0]} (--skip-bad-images leaves such files out)")
-                self.bad_images.update(bad)
-                self.bad_indices.update(int(indices[p]) for p, reason in zip(positions, reasons) if reason)
-                share *= len(readable) / len(reasons)
-                readable = readable or [0]  # a batch of bad images alone: a black one that counts nothing, so
-                images, targets = images[readable], targets[readable]  # that the ranks stay in step
-
+            images = torch.cat([piece.to(self.device, non_blocking=True) for piece in pieces])
             if images.dtype == torch.uint8:
-                images = augment.normalise(images.permute(0, 3, 1, 2), self.mean, self.std)
-            yield Batch(images.contiguous(memory_format=torch.channels_last), targets, share, ends_step)
+                images = normalise(images.permute(0, 3, 1, 2), self.mean, self.std)
+            images = images.contiguous(memory_format=torch.channels_last)
+
+            here = slice(positions.start, positions.stop, positions.step)
+            yield Batch(images, targets[here], share, ends_step)
 
 
 # ---------------------------------------------------------------- the door
@@ -364,8 +355,7 @@ def decoded(data, side):
         try:
             return as_tested(read_image(os.fsdecode(path))).numpy()
         except ValueError as reason:
-            raise UnreadableImage(f"cannot decode {reason} (--skip-bad-images leaves such files out)") \
-                from reason
+            raise UnreadableImage(reason) from reason
 
     def images_of(split):
         with ThreadPoolExecutor() as pool:  # PIL's codecs run side by side
@@ -376,28 +366,42 @@ def decoded(data, side):
     return data
 
 
-def make_loader(split, data, cut, device, augmentation=Augmentation(), *older, workers=0, skip_bad=False,
-                **old):
+def make_loader(split, data, cut, device, augmentation=Augmentation(), workers=0):
     """The loader for a split of `data`: resident for decoded images, streamed for image files.
 
     cut: a `Cut`. augmentation: an `Augmentation`. workers: processes that decode image files. Its
     `.batches(indices, epoch)` yields `Batch`es. Raises ValueError.
     """
-    if not isinstance(cut, Cut):
-        noise = old.pop("noise", 0.01)
-        names = dict(zip(("seed", "rank", "ranks", "accumulation"), older), **old)
-        augmentation = "none" if isinstance(augmentation, Augmentation) else augmentation
-        augmentation = Augmentation(augmentation, names.pop("seed", 0), noise)
-        cut = Cut(cut, **names)
-    elif older:
-        workers, = older
     if augmentation.name not in AUGMENTATIONS:
         raise ValueError(f"unknown augmentation {augmentation.name!r}; known: {', '.join(AUGMENTATIONS)}")
     if isinstance(split, Images):
         return ResidentLoader(split, data, cut, torch.device(device), augmentation)
-    return StreamedLoader(split, data, cut, torch.device(device), augmentation, workers, skip_bad)
+    return StreamedLoader(split, data, cut, torch.device(device), augmentation, workers)
+
+
+# ---------------------------------------------------------------- older calls, until nothing makes them
+
+_make, _split, _normalise = make_loader, split_batches, normalise
+
+
+def split_batches(num_indices, cut, *rest, **named):
+    if not isinstance(cut, Cut):
+        cut, rest = Cut(cut, *rest[:3]), rest[3:]
+    return _split(num_indices, cut, *rest, **named)
+
+
+def make_loader(split, data, cut, device, augmentation=Augmentation(), *rest, **named):
+    if isinstance(cut, Cut):
+        return _make(split, data, cut, device, augmentation, *rest, **named)
+    given = dict(zip(("seed", "rank", "ranks", "accumulation", "workers", "skip_bad", "noise"), rest), **named)
+    name = "none" if isinstance(augmentation, Augmentation) else augmentation
+    cut = Cut(cut, *(given.get(key, 1 - (key == "rank")) for key in ("rank", "ranks", "accumulation")))
+    loader = _make(split, data, cut, device, Augmentation(name, given.get("seed", 0), given.get("noise", 0.01)),
+                   given.get("workers", 0))
+    loader.batch_size, loader.bad_images, loader.bad_indices = cut.batch_size, frozenset(), frozenset()
+    return loader
 
 
 def normalise(images, mean, std):
-    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] (channels_last): pixels in [0, 1], minus mean, over std."""
-    return augment.normalise(images.permute(0, 3, 1, 2), mean, std)
+    rows = images.shape[-1] == 3 and images.shape[1] != 3  # [N, H, W, 3]
+    return _normalise(images.permute(0, 3, 1, 2) if rows else images, mean, std)

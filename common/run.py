@@ -14,7 +14,6 @@
 
 Never `break` out of these two loops: what stands behind their `yield` runs when the next round is asked for.
 """
-import math
 import time
 from functools import cached_property
 
@@ -25,7 +24,8 @@ from common.data import leave_out_unreadable, load, write_lists
 from common.evaluate import Diverged, class_sums, gradient_norms, predict, scores, shot_groups, table
 from common.files import escape_unprintable
 from common.folder import default_folder, device_name, load_checkpoint, open_folder, save_net
-from common.loader import UnreadableImage, decoded, every_image, make_loader, split_batches
+from common.loader import (Augmentation, Cut, UnreadableImage, count_steps, decoded, every_image,
+                           make_loader)
 from common.longtail import ImageFiles, fingerprint
 from common.ranks import (autocast, average_buffers, bad_input, derive_seed, fail, first_rank_first,
                           gather_ranks, generator, peak_memory, rank, ranks, say, start_ranks, sum_gradients,
@@ -51,7 +51,7 @@ class Run:
         self.autocast = autocast(self.device, args.amp)
         if args.sync_bn and (self.device.type != "cuda" or ranks() == 1):
             raise ValueError("--sync-bn needs GPUs and torchrun: torch's SyncBatchNorm has no CPU version")
-        split_batches(1, args.batch_size, 0, ranks(), args.grad_accumulation)  # raises if it cannot
+        Cut(args.batch_size, rank(), ranks(), args.grad_accumulation)  # raises if it cannot be
 
         with first_rank_first():
             self.data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed,
@@ -82,17 +82,16 @@ class Run:
     @cached_property
     def train_images(self):
         """A loader of the training images as they are, not augmented."""
-        return self.loader(self.data.train, 256)
+        return self.loader(self.data.train, Cut(256))
 
     @cached_property
     def test_images(self):
         """A loader of the split that --evaluate-on names."""
-        return self.loader(self.data.split(self.args.evaluate_on), 256)
+        return self.loader(self.data.split(self.args.evaluate_on), Cut(256))
 
-    def loader(self, split, batch_size, *more):
+    def loader(self, split, cut, augmentation=Augmentation()):
         """What `make_loader` makes with this run's flags."""
-        return make_loader(split, self.data, batch_size, self.device, *more, workers=self.args.workers,
-                           noise=getattr(self.args, "noise", 0.01))
+        return make_loader(split, self.data, cut, self.device, augmentation, self.args.workers)
 
     def seed(self, *parts):
         """A seed of its own for anything that is named, from --seed."""
@@ -243,8 +242,9 @@ class Run:
             return
 
         parts, batch_size = parts or model, batch_size or self.args.batch_size
-        loader = self.loader(self.data.train, batch_size, augmentation, self.seed(name, "augmentation"),
-                             rank(), ranks(), self.args.grad_accumulation)
+        cut = Cut(batch_size, rank(), ranks(), self.args.grad_accumulation)
+        loader = self.loader(self.data.train, cut, Augmentation(
+            augmentation, self.seed(name, "augmentation"), getattr(self.args, "noise", 0.01)))
         state = self._open_stage(name, parts, optimizer)
         self._warn_of_few_steps(name, epochs, batch_size)
         peak_memory(self.device)  # from here on
@@ -262,7 +262,7 @@ class Run:
     def _warn_of_few_steps(self, name, epochs, batch_size):
         """Say where a stage is too short, or a batch too large, to learn anything."""
         n = len(self.data.train)
-        steps = epochs * math.ceil(n / batch_size)
+        steps = epochs * count_steps(n, batch_size)
         if steps < FEW_STEPS:
             larger = f" (larger than the {n:,} training images)" if batch_size > n else ""
             say(f"note: {name} takes only {steps} steps in batches of {batch_size}{larger}; nets that start "
@@ -318,7 +318,7 @@ class Epoch:
         Behind a step the run may stop, with a checkpoint. At the end `row` holds the means of what `track`
         got."""
         run, state = self.run, self.state
-        self.steps = math.ceil(len(indices) / self.loader.batch_size)
+        self.steps = count_steps(len(indices), self.loader.cut.batch_size)
         started, first, starts_step = time.time() - state["seconds"], state["step"], True
         if first > 0:  # cut off in this epoch, by as many ranks or by others
             losses = state["losses"] / ranks()

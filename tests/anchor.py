@@ -22,7 +22,7 @@ from tqdm import trange
 
 from common.data import load
 from common.evaluate import scores, table
-from common.loader import every_image, make_loader
+from common.loader import Augmentation, Cut, every_image, make_loader
 from common.resnet import CifarResNet
 from common.runtime import (autocast, bad_input, choose_device, derive_seed, device_name, generator,
                             git_commit, versions)
@@ -93,9 +93,9 @@ def main(args):
     device, last = choose_device(), Path(args.out, "last.pt")
     data = load(args.dataset, imb_factor=args.imb_factor)
     data.mean, data.std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-    train_loader = make_loader(data.train, data, 128, device, augmentation="standard",  # padded crop, flip
-                               seed=derive_seed(args.seed, "augmentation"))
-    test_loader = make_loader(data.test, data, 256, device)
+    augmentation = Augmentation("standard", derive_seed(args.seed, "augmentation"))  # padded crop, flip
+    train_loader = make_loader(data.train, data, Cut(128), device, augmentation)
+    test_loader = make_loader(data.test, data, Cut(256), device)
 
     torch.manual_seed(derive_seed(args.seed, "initialisation"))
     net = build_net(data.num_classes).to(device, memory_format=torch.channels_last)

@@ -38,7 +38,7 @@ import cbd
 import livt
 from common import runtime
 from common.data import load, long_tail_counts
-from common.loader import make_loader
+from common.loader import Augmentation, Cut, make_loader
 from common.reactnet import ReActNet18
 from common.resnet import build_encoder
 from common.vit import MAE, VIT_SIZES, ViT, random_masking
@@ -195,7 +195,7 @@ def prepare(work, data, device, batch_size, ours, amp=True, workers=0):
     images."""
     indices = lambda steps: torch.randint(len(data.train), (steps * batch_size,))
     if ours:
-        loader = make_loader(data.train, data, batch_size, device, work.augmentation)
+        loader = make_loader(data.train, data, Cut(batch_size), device, Augmentation(work.augmentation))
         batches = lambda steps: loader.batches(indices(steps))
     else:
         batches = lambda steps: peers.pil_loader(data, batch_size, indices(steps), workers, work.augmentation,

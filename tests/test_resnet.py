@@ -405,9 +405,9 @@ from common.resnet import build_backbone
 build_backbone("resnet14")(torch.zeros(1, 3, 32, 32))
 print("nets")
 from common.data import load
-from common.loader import make_loader
+from common.loader import Augmentation, Cut, make_loader
 data = load("fashion_lt")
-next(make_loader(data.train, data, 8, "cpu", "augmented").batches(range(8)))
+next(make_loader(data.train, data, Cut(8), "cpu", Augmentation("augmented")).batches(range(8)))
 print("data")
 import cbd
 print("cbd")
