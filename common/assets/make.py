@@ -15,6 +15,7 @@ knows the task's objects as ImageNet's weights know those of most data sets.
 DIR holds the four original *-ubyte.gz files (Debian's package dataset-fashion-mnist has them in
 /usr/share/datasets/fashion-mnist); without it torchvision downloads them.
 """
+import argparse
 import gzip
 import math
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import runtime
+from common import ranks
 from common.data import FASHION_ORDER, load, long_tail_counts, long_tail_indices
 from common.augment import normalise, random_crop_flip
 from common.loader import CROP_PADDING
@@ -87,9 +88,9 @@ def pretrain(images, test_images, mean, std, arch="resnet14", epochs=5, batch_si
     the labels to learn from upright images instead. Returns (the backbone, percent of test_images' turns, or
     labels, that it tells).
     """
-    torch.manual_seed(runtime.derive_seed(seed, "pretrain"))
-    device = runtime.choose_device()
-    autocast = runtime.autocast(device, True)
+    torch.manual_seed(ranks.derive_seed(seed, "pretrain"))
+    device = ranks.choose_device()
+    autocast = ranks.autocast(device, True)
     outputs = 4
     if targets is not None:
         outputs = int(targets.max()) + 1
@@ -102,7 +103,7 @@ def pretrain(images, test_images, mean, std, arch="resnet14", epochs=5, batch_si
     test_images = torch.from_numpy(test_images).permute(0, 3, 1, 2).to(device)
     mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
     for epoch in range(epochs):
-        generator = runtime.generator(seed, "pretrain", epoch)
+        generator = ranks.generator(seed, "pretrain", epoch)
         order = torch.randperm(len(images), generator=generator)
         uniforms = torch.rand(len(images), 3, generator=generator).to(device)
         for step in tqdm(range(steps), f"epoch {epoch + 1} of {epochs}", leave=False):
@@ -130,7 +131,8 @@ def pretrain(images, test_images, mean, std, arch="resnet14", epochs=5, batch_si
 
 
 def main(argv=None):
-    parser = runtime.Parser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = ranks.fail
     parser.add_argument("--source", help="folder of the four *-ubyte.gz files; downloads them if left out")
     parser.add_argument("--out", help="file to write (the embedded one)")
     parser.add_argument("--pretrain", action="store_true", help="the teacher instead of the images")
