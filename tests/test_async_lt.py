@@ -712,6 +712,7 @@ refused = functools.partial(one_error, run)
     (["--feature-lr", "nan"], "--feature-lr"),
     (["--milestones", "160", "180"], "--milestones: must lie in [0, 1]"),  # these would never be reached
     (["--plain", "--phase-one-checkpoint", "phase_one.pt"], "leave out --phase-one-checkpoint"),
+    (["--no-retentive", "--graph-similarity", "self"], "leave out --no-retentive"),
     (["--evaluate", "a.pt", "--phase-one-checkpoint", "phase_one.pt"], "leave out --phase-one-checkpoint"),
     (["--phase-one-checkpoint", "nowhere.pt"], "no such checkpoint: nowhere.pt"),
     (["--arch", "resnet18", "--pretrained"], "no ImageNet weights"),
