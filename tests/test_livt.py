@@ -21,6 +21,7 @@ NET = ("--image-size", "8", "--patch-size", "2", "--width", "16", "--depth", "2"
        "--decoder-width", "8", "--decoder-depth", "1", "--decoder-heads", "2")
 SHORT = ("--mgp-epochs", "3", "--mgp-warmup-epochs", "1", "--mgp-batch-size", "32", "--epochs", "3",
          "--warmup-epochs", "1", "--batch-size", "16", "--lr", "0.01", "--evaluate-every", "2")
+FP32 = ("--device", "cpu", "--no-amp")
 CLASS_COUNTS = (40, 12, 25, 5)
 
 
@@ -28,7 +29,7 @@ def run(folder, *flags, name="run"):
     path = folder / "tiny.npz"
     if not path.exists():
         tiny_npz(path, CLASS_COUNTS)
-    return livt.main(livt.parse_args(["--dataset", str(path), *NET, *SHORT, "--device", "cpu", "--no-amp",
+    return livt.main(livt.parse_args(["--dataset", str(path), "--recipe", "cifar100_lt", *NET, *SHORT, *FP32,
                                       "--out", str(folder / name), *flags]))
 
 
@@ -325,7 +326,7 @@ def test_fine_tuning_starts_from_the_encoder_but_for_norm_and_classifier():
     assert torch.equal(larger.positions[:, 0], model.positions[:, 0])
 
 
-def test_recipes_are_the_paper_s_where_it_says_so_and_flags_win():
+def test_recipes_are_the_paper_s_where_it_says_so_and_flags_win(tmp_path):
     settings = lambda *flags: livt.parse_args(list(flags))
     large = settings("--dataset", "imagenet_lt")
     assert (large.arch, large.image_size, large.patch_size, large.mask_ratio) == ("base", 224, 16, 0.75)
@@ -339,6 +340,8 @@ def test_recipes_are_the_paper_s_where_it_says_so_and_flags_win():
     assert (places.epochs, places.tau) == (30, 1.05)
     assert settings("--dataset", "places_lt", "--tau", "1").tau == 1
     assert settings("--dataset", "cifar100_lt").patch_size == 4
+    small = settings("--dataset", tiny_npz(tmp_path / "own.npz"))
+    assert (small.recipe, small.image_size // small.patch_size) == ("small", 4)
     assert settings("--dataset", "cifar100_lt", "--quick", "--epochs", "3").epochs == 3
 
 
@@ -420,7 +423,8 @@ def test_pre_training_sees_no_label(full, tmp_path):
 def first_step(folder, *flags):
     """last.pt of a run that is stopped behind its first step."""
     with pytest.raises(SystemExit) as stopped:
-        run(folder, "--time-limit", "0", "--warmup-epochs", "0", "--mgp-warmup-epochs", "0", *flags, name="cut")
+        run(folder, "--time-limit", "0", "--warmup-epochs", "0", "--mgp-warmup-epochs", "0", *flags,
+            name="cut")
     assert stopped.value.code == 0
     return torch.load(folder / "cut" / "last.pt", weights_only=True)
 
@@ -457,8 +461,8 @@ def test_a_larger_image_size_interpolates_the_checkpoint_s_positions(full, tmp_p
     assert result["all"] is not None
     model, _ = livt.load_model(tmp_path / "run" / "model.pt")
     assert model.positions.shape[1] == 37
-    again = livt.main(livt.parse_args(["--dataset", str(tmp_path / "tiny.npz"), "--no-amp", "--device", "cpu",
-                                       "--evaluate", str(tmp_path / "run" / "model.pt")]))
+    again = livt.main(livt.parse_args(["--dataset", str(tmp_path / "tiny.npz"), *FP32, "--evaluate",
+                                       str(tmp_path / "run" / "model.pt")]))
     assert again["all"] == result["all"]  # at the size of the net, not of the recipe
 
 
@@ -485,8 +489,8 @@ def test_evaluate_matches_classes_by_name_also_in_the_bayes_decoding(full, tmp_p
     rows = []
     for file, (arrays, names) in named.items():
         np.savez(tmp_path / file, **arrays, class_names=np.array(list(names)))
-        rows.append(livt.main(livt.parse_args(["--dataset", str(tmp_path / file), "--no-amp", "--device", "cpu",
-                                               "--evaluate", str(tmp_path / "model.pt")])))
+        rows.append(livt.main(livt.parse_args(["--dataset", str(tmp_path / file), *FP32, "--evaluate",
+                                               str(tmp_path / "model.pt")])))
     assert rows[0]["all"] == rows[1]["all"] and rows[0]["ece"] == pytest.approx(rows[1]["ece"])
     assert [rows[1]["per_class_accuracy"][i] for i in order] == rows[0]["per_class_accuracy"]
     moved = livt.load_model(tmp_path / "model.pt", list("bdac"))[1]["class_counts"]
@@ -567,7 +571,8 @@ def public_names(encoder, patch_size):
             value = value.reshape(-1, patch_size, patch_size, 3).permute(0, 3, 1, 2)
         for ours, theirs in (("class_token", "cls_token"), ("positions", "pos_embed"),
                              ("patch_embed.", "patch_embed.proj."), (".qkv.", ".attn.qkv."),
-                             (".project.", ".attn.proj."), (".mlp.0.", ".mlp.fc1."), (".mlp.2.", ".mlp.fc2.")):
+                             (".project.", ".attn.proj."), (".mlp.0.", ".mlp.fc1."),
+                             (".mlp.2.", ".mlp.fc2.")):
             name = name.replace(ours, theirs)
         state[name] = value.contiguous()
     return state
@@ -588,7 +593,7 @@ def test_a_public_encoder_gives_the_net_that_ours_gives(full, tmp_path):
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda state: None, "a NoneType"), (lambda state: list(state.values()), "a list"),
-    (lambda state: {k: v for k, v in state.items() if k != "blocks.1.qkv.bias"}, "blocks.1.qkv.bias is missing"),
+    (lambda state: {k: v for k, v in state.items() if k != "blocks.1.qkv.bias"}, "qkv.bias is missing"),
     (lambda state: {**state, "blocks.1.gamma_1": torch.ones(16)}, "blocks.1.gamma_1"),
     (lambda state: {**state, "patch_embed.bias": torch.ones(17)}, "patch_embed.bias is [17], not [16]"),
     (lambda state: {**state, "positions": torch.ones(1, 18, 16)}, "positions is [1, 18, 16]")])
@@ -603,7 +608,7 @@ def test_a_spoilt_checkpoint_of_stage_one_is_one_error_line(full, tmp_path, caps
 
 def test_a_checkpoint_of_another_net_or_stage_is_refused_and_the_difference_named(full, tmp_path, capsys):
     mgp = str(full[0] / "run" / "mgp.pt")
-    for flags, words in ((["--mgp-checkpoint", mgp, "--width", "24"], "class_token is [1, 1, 16], not [1, 1, 24]"),
+    for flags, words in ((["--mgp-checkpoint", mgp, "--width", "24"], "[1, 1, 16], not [1, 1, 24]"),
                          (["--mgp-checkpoint", mgp, "--depth", "3"], "blocks.2.norm1.weight is missing"),
                          (["--mgp-checkpoint", mgp, "--patch-size", "4"], "patch_embed.weight is [16, 12]"),
                          (["--evaluate", mgp], "goes to --mgp-checkpoint")):
