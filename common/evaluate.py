@@ -1,6 +1,14 @@
 """Scores: many/medium/few/all, calibration error, nearest class mean, classifier weight norms."""
+import textwrap
+
 import torch
 import torch.nn.functional as F
+
+COLUMNS = (  # of every table: keys of a stage's scores, and their headings
+    ("many", "many"), ("medium", "medium"), ("few", "few"), ("head", "head"), ("median", "median"),
+    ("tail", "tail"), ("all", "all"), ("mean", "mean"), ("ncm", "NCM"), ("ece", "ECE"))
+LEGEND = {"mean": "mean: over classes, all: over images", "ncm": "NCM: nearest class mean",
+          "ece": "ECE: expected calibration error"}
 
 
 def shot_groups(class_counts, many=100, few=20):
@@ -66,12 +74,12 @@ def head_median_tail(per_class_accuracy, class_counts, ends):
     return result
 
 
-def calibration_error(probabilities, targets, bins=15):
-    """Expected and maximum calibration error (Guo et al., ICML 2017), in percent.
+def reliability(probabilities, targets, bins=15):
+    """What a reliability diagram shows (Guo et al., ICML 2017), by bins of the confidence.
 
     probabilities: [N, C], rows summing to 1 (softmax of the logits for every model). targets: [N].
-    Confidence is the largest probability; bins are equal and right-closed, (lo, hi]. Empty bins count as 0.
-    Returns (ece, mce). Raises ValueError.
+    Confidence is the largest probability; bins are equal and right-closed, (lo, hi]. Returns {"images": how
+    many are in the bin; "confidence", "accuracy": sums over these}, float64 [bins]. Raises ValueError.
     """
     probabilities, targets = torch.as_tensor(probabilities).cpu(), torch.as_tensor(targets).cpu()
     if probabilities.dtype != torch.float64:
@@ -84,15 +92,30 @@ def calibration_error(probabilities, targets, bins=15):
     if not ((probabilities >= 0).all() and ((probabilities.sum(1) - 1).abs() <= 1e-3).all()):  # nan neither
         raise ValueError("probabilities must be non-negative with rows that sum to 1")
     confidence, predictions = probabilities.max(1)
-    # Edges i / bins in the confidences' own precision, so that .8 lies on its edge in float32 too;
+
+    # edges i / bins in the confidences' own precision, so that .8 lies on its edge in float32 too;
     # bucketize: edges[i-1] < confidence <= edges[i], so a confidence on an edge falls into the bin below it
     edges = (torch.arange(bins + 1, dtype=torch.float64) / bins).to(confidence.dtype)
     index = (torch.bucketize(confidence, edges) - 1).clamp(0, bins - 1)
-    confidence = confidence.double()
-    size = torch.bincount(index, minlength=bins).double()
-    gap = (torch.bincount(index, (predictions == targets).double(), minlength=bins)
-           - torch.bincount(index, confidence, minlength=bins)).abs()
-    return 100 * (gap.sum() / len(targets)).item(), 100 * (gap / size.clamp(min=1)).max().item()
+
+    return {"images": torch.bincount(index, minlength=bins).double(),
+            "confidence": torch.bincount(index, confidence.double(), minlength=bins),
+            "accuracy": torch.bincount(index, (predictions == targets).double(), minlength=bins)}
+
+
+def calibration_error(probabilities, targets, bins=15):
+    """Expected and maximum calibration error (Guo et al., ICML 2017), in percent: the gap between accuracy
+    and confidence, averaged over the images, and of the worst bin. Empty bins count as 0.
+
+    Arguments and errors are those of `reliability`. Returns (ece, mce).
+    """
+    return _errors(reliability(probabilities, targets, bins))
+
+
+def _errors(in_bins):
+    gap = (in_bins["accuracy"] - in_bins["confidence"]).abs()
+    size = in_bins["images"]
+    return 100 * (gap.sum() / size.sum()).item(), 100 * (gap / size.clamp(min=1)).max().item()
 
 
 def nearest_class_mean(train_features, train_targets, test_features, num_classes):
@@ -140,14 +163,26 @@ class Diverged(ValueError):
 
 
 def scores(logits, targets, class_counts):
-    """What every model is judged by, from its logits [N, C]: all, many, medium, few, ece, mce (percent),
-    group_sizes and per_class_accuracy. Raises Diverged where a logit is nan."""
+    """What every model is judged by, from its logits [N, C], in percent. Raises Diverged if one is nan.
+
+    all, many, medium, few, group_sizes and per_class_accuracy: as `shot_accuracy` has them. mean: over the
+    tested classes. ece, mce. reliability: for each of 15 bins its images, and their mean confidence and
+    accuracy, None in an empty bin.
+    """
     logits = logits.float()
     if logits.isnan().any():
         raise Diverged("the net's outputs became nan: training diverged; try a smaller learning rate")
     result = shot_accuracy(logits.argmax(1), targets, class_counts)
     result["per_class_accuracy"] = result.pop("per_class")
-    result["ece"], result["mce"] = calibration_error(logits.softmax(1), targets)
+    tested = [accuracy for accuracy in result["per_class_accuracy"] if accuracy is not None]
+    result["mean"] = sum(tested) / len(tested)
+
+    in_bins = reliability(logits.softmax(1), targets)
+    result["ece"], result["mce"] = _errors(in_bins)
+    images = in_bins.pop("images").int().tolist()
+    result["reliability"] = {"images": images, **{
+        key: [100 * total / n if n else None for total, n in zip(sums.tolist(), images)]
+        for key, sums in in_bins.items()}}
     return result
 
 
@@ -212,17 +247,37 @@ def gradient_norms(model, batches, head, autocast):
             "norm_tail": of_tail.norm().item(), "norm": whole.norm().item()}
 
 
-def table(rows):
-    """The final table as text. rows: [(name, scores)], scores a dict with many, medium, few, all, ece, mce
-    and maybe ncm and best_all (percent or None); columns that no row has are left out."""
-    columns = [(key, head) for key, head in
-               (("many", "many"), ("medium", "medium"), ("few", "few"), ("head", "head"),
-                ("median", "median"), ("tail", "tail"), ("all", "all"),
-                ("best_all", "best all"), ("ncm", "NCM"), ("ece", "ECE"), ("mce", "MCE"))
-               if any(key in row for _, row in rows)]
-    width = max([len(name) for name, _ in rows] + [5])
-    lines = [f"{'':{width}}" + "".join(f"{head:>10}" for _, head in columns)]
-    for name, row in rows:
-        cells = ("-" if row.get(key) is None else f"{row[key]:.1f}" for key, _ in columns)
-        lines.append(f"{name:{width}}" + "".join(f"{cell:>10}" for cell in cells))
-    return "\n".join(lines)
+def columns_of(stages):
+    """The (key, heading) of COLUMNS that a table of these scores needs: those that one of them has; `mean`
+    where it is not `all`, as it is on a balanced test set."""
+    def is_shown(key):
+        if key == "mean":
+            return any(abs(stage["mean"] - stage["all"]) > 0.05 for stage in stages if stage.get("mean"))
+        return any(key in stage for stage in stages)
+
+    return [(key, heading) for key, heading in COLUMNS if is_shown(key)]
+
+
+def legend(columns):
+    """One line that says what the headings of `columns` stand for, or "" where they speak for themselves."""
+    return "; ".join(LEGEND[key] for key, _ in columns if key in LEGEND)
+
+
+def table(rows, width=80):
+    """The final table as text, at most `width` characters wide: a longer name goes over several lines.
+
+    rows: [(name, scores)], scores a dict with the keys of COLUMNS, percent or None; keys that no row has are
+    left out.
+    """
+    columns = columns_of([row for _, row in rows])
+    room = max(width - 7 * len(columns), 10)
+    names = [textwrap.wrap(name, room) or [""] for name, _ in rows]
+    room = max(len(line) for lines in names for line in lines)
+
+    text = [" " * room + "".join(f"{heading:>7}" for _, heading in columns)]
+    for (_, row), (first, *more) in zip(rows, names):
+        cells = ["-" if row.get(key) is None else f"{row[key]:.1f}" for key, _ in columns]
+        text += [f"{first:{room}}" + "".join(f"{cell:>7}" for cell in cells), *more]
+    if legend(columns):
+        text += textwrap.wrap(legend(columns), width)
+    return "\n".join(text)

@@ -283,7 +283,30 @@ def test_scores_are_accuracy_and_calibration_of_the_softmax():
     expected = shot_accuracy(logits.argmax(1), targets, [200, 50, 5])
     assert found.pop("per_class_accuracy") == expected.pop("per_class")
     assert (found.pop("ece"), found.pop("mce")) == calibration_error(logits.softmax(1), targets)
+    found.pop("mean"), found.pop("reliability")
     assert found == expected
+
+
+def test_mean_is_over_the_tested_classes_and_all_over_images():
+    logits = torch.eye(4)[[0] * 8 + [0, 1]]  # class 0: 8 of 8 images right; class 1: 1 of 2; class 3 untested
+    found = scores(logits, torch.tensor([0] * 8 + [1, 1]), [200, 50, 50, 5])
+    assert found["all"] == pytest.approx(90) and found["mean"] == pytest.approx(75)
+
+
+def test_scores_hold_each_bin_of_the_reliability_diagram():
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(90, 4, generator=generator), torch.randint(0, 4, (90,), generator=generator)
+    found = scores(logits, targets, [200, 50, 20, 5])
+    probabilities = logits.softmax(1).tolist()
+    for b in range(15):
+        inside = [(max(p), p.index(max(p)) == t) for p, t in zip(probabilities, targets.tolist())
+                  if b / 15 < max(p) <= (b + 1) / 15]
+        bin_of = {key: values[b] for key, values in found["reliability"].items()}
+        assert bin_of["images"] == len(inside)
+        for key, values in (("confidence", [c for c, _ in inside]), ("accuracy", [r for _, r in inside])):
+            assert same_score(bin_of[key], 100 * sum(values) / len(values) if values else None)
+    gaps = zip(*(found["reliability"][key] for key in ("images", "accuracy", "confidence")))
+    assert found["ece"] == pytest.approx(sum(n * abs(a - c) for n, a, c in gaps if n) / 90)
 
 
 def test_weight_norms_are_one_a_class():
@@ -303,11 +326,31 @@ def test_a_classifier_s_rows_go_from_the_most_to_the_least_frequent_class():
 
 
 def test_a_table_shows_a_dash_for_an_empty_group_and_leaves_out_unused_columns():
-    rows = [("teacher 1", dict(many=71.26, medium=None, few=0.0, all=5, ece=3.14, mce=100.0)),
+    rows = [("teacher 1", dict(many=71.26, medium=None, few=0.0, all=5, ece=3.14, mce=100.0, best_all=9.0)),
             ("student", dict(many=1.0, medium=2.0, few=3.0, all=4.0, ece=5.0, mce=6.0, ncm=7.0))]
-    head, first, second = (line.split() for line in table(rows).splitlines())
-    assert head == ["many", "medium", "few", "all", "NCM", "ECE", "MCE"]
-    assert first == ["teacher", "1", "71.3", "-", "0.0", "5.0", "-", "3.1", "100.0"]
-    assert second == ["student", "1.0", "2.0", "3.0", "4.0", "7.0", "5.0", "6.0"]
-    assert len({len(line) for line in table(rows).splitlines()}) == 1  # columns stand under their heads
+    head, first, second, legend = (line.split() for line in table(rows).splitlines())
+    assert head == ["many", "medium", "few", "all", "NCM", "ECE"]  # result.json alone has mce and best_all
+    assert first == ["teacher", "1", "71.3", "-", "0.0", "5.0", "-", "3.1"]
+    assert second == ["student", "1.0", "2.0", "3.0", "4.0", "7.0", "5.0"]
+    assert " ".join(legend) == "NCM: nearest class mean; ECE: expected calibration error"
+    assert len({len(line) for line in table(rows).splitlines()[:3]}) == 1  # columns stand under their heads
     assert "NCM" not in table(rows[:1])
+
+
+def test_a_table_shows_the_mean_over_classes_where_it_is_not_that_over_images():
+    balanced, skewed = dict(all=50.0, mean=50.0), dict(all=90.0, mean=33.3)
+    assert "mean" not in table([("net", balanced)])
+    lines = table([("net", balanced), ("constant", skewed)]).splitlines()
+    assert lines[2].split() == ["constant", "90.0", "33.3"]
+
+
+def test_a_table_of_long_names_and_every_column_fits_80_characters():
+    keys = ("many", "medium", "few", "head", "median", "tail", "all", "mean", "ncm", "ece")
+    row = {**dict.fromkeys(keys, 100.0), "mean": 1.0}
+    names = ["balanced-bce, from scratch, Bayes decoding", "runs/" + "x" * 200, "candle"]
+    lines = table([(name, row) for name in names]).splitlines()
+    assert max(map(len, lines)) <= 80
+    cells = [line[10:].split() for line in lines if line.count("100.0") > 1]
+    assert cells == [["100.0"] * 7 + ["1.0", "100.0", "100.0"]] * 3
+    names_column = "".join(line[:10].strip() for line in lines if not line.startswith(("mean:", "calib")))
+    assert "balanced-bce,fromscratch," in names_column.replace(" ", "") and "x" * 200 in names_column

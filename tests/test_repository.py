@@ -49,15 +49,16 @@ def test_requirements_are_the_card_s_five_packages():
 def test_sources_import_only_the_card_s_packages():
     card = sys.stdlib_module_names | {"torch", "torchvision", "numpy", "tqdm", "common"}
     for path in SOURCES:
-        optional = {"timm", "safetensors", "huggingface_hub"} if path.stem == "pretrained" else set()
+        optional = {"pretrained": {"timm", "safetensors", "huggingface_hub"},
+                    "plot": {"matplotlib"}}.get(path.stem, set())
         allowed = card | optional
         for module in imported_modules(path):
             assert module.split(".")[0] in allowed | {"PIL"}, (path, module)  # PIL comes with torchvision
 
 
 # room -> its floor: it may import rooms of lower floors alone. All others are on the first
-FLOORS = {"builders": 2, "folder": 2, "pretrained": 2, "stop": 2, "workers": 2, "data": 3, "loader": 3,
-          "student": 3, "flags": 4, "run": 5}
+FLOORS = {"builders": 2, "folder": 2, "pretrained": 2, "stop": 2, "summary": 2, "workers": 2, "data": 3,
+          "loader": 3, "plot": 3, "student": 3, "flags": 4, "predict": 5, "run": 5}
 
 
 def test_rooms_import_no_method_and_only_lower_floors():
@@ -72,7 +73,8 @@ def test_rooms_import_no_method_and_only_lower_floors():
 
 def test_torchvision_is_imported_only_inside_what_needs_it():
     for path in SOURCES:
-        assert not any(m.split(".")[0] in ("torchvision", "PIL", "timm", "safetensors", "huggingface_hub")
+        assert not any(m.split(".")[0] in ("torchvision", "PIL", "timm", "safetensors", "huggingface_hub",
+                                          "matplotlib")
                        for m in module_level_imports(path)), path
 
 

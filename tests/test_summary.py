@@ -1,4 +1,6 @@
 """common/summary.py: mean and standard deviation over seeds; results/ shows what its raw files say."""
+import csv
+import io
 import json
 import re
 import statistics
@@ -8,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from common.summary import group_stages, main, markdown, read_results
+from common.summary import group_stages, main, markdown, read_results, write_csv
 
 ROOT = Path(__file__).parent.parent
 
 
-def result(seed, accuracy, name="student", seconds=10.0, dataset="set", lr=0.1):
+def result(seed, accuracy, name="student", seconds=10.0, dataset="set", **args):
     stage = {"name": name, "all": accuracy, "many": accuracy + 1, "medium": None, "few": accuracy - 1,
-             "seconds": seconds, "per_class_accuracy": [accuracy]}
-    return {"method": "cbd", "dataset": dataset, "seed": seed, "stages": [stage], "args": {"lr": lr}}
+             "mce": 40.0, "seconds": seconds, "per_class_accuracy": [accuracy]}
+    return {"method": "cbd", "dataset": dataset, "seed": seed, "stages": [stage],
+            "args": {"lr": 0.1, "alpha": 0.4, "binarize": True, **args}}
 
 
 def write(tmp_path, *results):
@@ -26,53 +29,109 @@ def write(tmp_path, *results):
     return [str(tmp_path / str(number)) for number in range(len(results))]
 
 
+def table(paths):
+    return markdown(group_stages(read_results(paths)[0]))
+
+
+def error_of(capsys, *argv):
+    """The one line that `main` ends with."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(argv))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("error: ")
+    return error
+
+
 def test_a_row_is_the_mean_and_the_sample_standard_deviation_over_seeds(tmp_path):
     values = [70.0, 74.0, 75.0]
-    paths = write(tmp_path, *(result(seed, value) for seed, value in enumerate(values)))
-    text = markdown(group_stages(read_results(paths)))
+    text = table(write(tmp_path, *(result(seed, value) for seed, value in enumerate(values))))
     assert f"| student | 3 | 74.0 ± {statistics.stdev(values):.1f} | - |" in text  # no medium
     assert f"73.0 ± {statistics.stdev(values):.1f} | 10.0 ± 0.0 |" in text
+    assert "settings" not in text and "40.0" not in text  # MCE is in result.json and in the CSV alone
 
 
 def test_a_stage_that_two_runs_share_counts_once_a_seed_with_the_time_of_the_run_that_trained_it(tmp_path):
-    paths = write(tmp_path, *(result(0, 70.0, seconds=seconds) for seconds in (None, 8.0, None)))
-    text = markdown(group_stages(read_results(paths)))
+    text = table(write(tmp_path, *(result(0, 70.0, seconds=seconds) for seconds in (None, 8.0, None))))
     assert "| student | 1 | 71.0 | - | 69.0 | 70.0 | 8.0 |" in text
 
 
 def test_a_stage_that_does_not_classify_has_no_scores(tmp_path):
-    paths = write(tmp_path, *(result(seed, 70.0) for seed in (0, 1)))
-    for path in paths:
-        content = json.loads((Path(path) / "result.json").read_text())
-        content["stages"].insert(0, {"name": "mgp", "all": None, "seconds": 5.0})
-        (Path(path) / "result.json").write_text(json.dumps(content))
-    assert "| mgp | 2 | - | - | - | - | 5.0 ± 0.0 |" in markdown(group_stages(read_results(paths)))
+    runs = [result(seed, 70.0) for seed in (0, 1)]
+    for run in runs:
+        run["stages"].insert(0, {"name": "mgp", "all": None, "seconds": 5.0})
+    assert "| mgp | 2 | - | - | - | - | 5.0 ± 0.0 |" in table(write(tmp_path, *runs))
 
 
-def test_runs_that_differ_under_one_name_and_seed_are_refused(tmp_path, capsys):
+def test_runs_that_differ_under_one_name_seed_and_settings_are_refused(tmp_path, capsys):
     paths = write(tmp_path, result(0, 70.0), result(0, 75.0))
-    with pytest.raises(SystemExit) as stop:
-        main(paths)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    error = error_of(capsys, *paths)
+    assert all(path in error for path in paths) and "70.0 in one, 75.0 in the other" in error
 
 
-def test_runs_of_other_settings_are_not_averaged(tmp_path):
-    paths = write(tmp_path, result(0, 70.0), result(1, 71.0, lr=0.2))
-    with pytest.raises(ValueError, match="differ in --lr: 0.1 and 0.2"):
-        group_stages(read_results(paths))
+def test_other_settings_have_a_row_of_their_own_that_names_what_differs(tmp_path):
+    paths = write(tmp_path, result(0, 70.0, out="a"), result(1, 72.0, out="b"), result(1, 60.0, lr=0.2),
+                  result(0, 50.0, lr=0.2, binarize=False))
+    text = table(paths)
+    assert "| cbd, set | settings | seeds |" in text
+    assert "| student | binarize, lr 0.1 | 2 | 72.0 ± 1.4 |" in text  # over seeds, whatever --out says
+    assert "| student | binarize, lr 0.2 | 1 | 61.0 |" in text
+    assert "| student | no binarize, lr 0.2 | 1 | 51.0 |" in text
 
 
-def test_data_sets_get_tables_of_their_own_and_a_missing_run_is_named(tmp_path, capsys):
-    paths = write(tmp_path, result(0, 70.0), result(0, 20.0, dataset="other"))
-    text = markdown(group_stages(read_results(paths)))
+def test_a_teacher_that_runs_of_other_settings_share_has_one_row(tmp_path):
+    runs = []
+    for alpha, scores in ((0.2, (70.0, 71.0)), (0.4, (75.0, 76.0))):
+        for seed in (0, 1):
+            runs.append(result(seed, scores[seed], alpha=alpha, teacher_checkpoints=[f"runs/{seed}.pt"]))
+            teacher = result(seed, 60.0 + seed, "teacher 1", None, alpha=alpha)["stages"][0]
+            runs[-1]["stages"].insert(0, teacher)
+    text = table(write(tmp_path, *runs[1:], runs[0]))  # in no order
+    assert text.count("| teacher 1 |") == 1 and "| teacher 1 |  | 2 | 61.5 ± 0.7 |" in text
+    assert "| student | alpha 0.2 | 2 |" in text and "| student | alpha 0.4 | 2 |" in text
+
+
+def test_data_sets_get_tables_of_their_own(tmp_path):
+    text = table(write(tmp_path, result(0, 70.0), result(0, 20.0, dataset="other", lr=0.3)))
     assert "| cbd, set | seeds |" in text and "| cbd, other | seeds |" in text
-    with pytest.raises(SystemExit) as stop:
-        main([str(tmp_path / "nowhere")])
-    assert stop.value.code == 2 and "nowhere" in capsys.readouterr().err
 
 
-def test_every_table_in_results_is_what_summary_prints_from_the_raw_files():
+def test_what_is_unfinished_is_left_out_with_a_note(tmp_path, capsys):
+    paths = write(tmp_path, result(0, 70.0))
+    (tmp_path / "cut_off").mkdir()
+    (tmp_path / "cut_off" / "log.jsonl").write_text("{}\n")
+    (tmp_path / "queue.log").write_text("")
+    main([*paths, str(tmp_path / "cut_off"), str(tmp_path / "queue.log")])
+    out, err = capsys.readouterr()
+    assert "| student | 1 | 71.0 |" in out
+    assert err.startswith("note: ") and err.count("\n") == 1 and "cut_off" in err and "queue.log" in err
+    assert "none of these runs is finished" in error_of(capsys, str(tmp_path / "cut_off"))
+
+
+def test_what_is_missing_or_broken_is_named(tmp_path, capsys):
+    assert "nowhere" in error_of(capsys, str(tmp_path / "nowhere"))
+    path, = write(tmp_path, result(0, 70.0))
+    Path(path, "result.json").write_text("{")
+    assert "result.json" in error_of(capsys, path)
+
+
+def test_csv_holds_every_score(tmp_path):
+    paths = write(tmp_path, result(0, 70.0), result(1, 72.0), result(0, 60.0, lr=0.2, resolutions=[16, 32]))
+    file = io.StringIO()
+    write_csv(group_stages(read_results(paths)[0]), file)
+    first, second = csv.DictReader(io.StringIO(file.getvalue()))
+    assert list(first.values())[:5] == ["cbd", "set", "student", "lr 0.1", "2"]
+    assert (float(first["all"]), float(first["all_std"])) == (71.0, round(2 ** 0.5, 4))
+    assert (first["medium"], first["mce"], first["ncm"]) == ("", "40.0", "")
+    assert (second["settings"], second["all"], second["all_std"]) == ("lr 0.2", "60.0", "")
+
+
+def test_summary_is_a_command(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "common.summary", *write(tmp_path, result(0, 70.0))],
+                          cwd=ROOT, text=True, capture_output=True, check=True)
+    assert done.stdout.startswith("| cbd, set | seeds |")
+
+
+def test_every_table_in_results_is_what_summary_prints_from_the_raw_files(capsys):
     pages = sorted((ROOT / "results").glob("*.md"))
     assert pages
     for page in pages:
@@ -80,10 +139,8 @@ def test_every_table_in_results_is_what_summary_prints_from_the_raw_files():
         commands = re.findall(r"^python -m common\.summary (.+)$", text, re.M)
         assert commands, page
         for command in commands:
-            runs = [path for pattern in command.split() for path in sorted(ROOT.glob(pattern))]
-            printed = subprocess.run([sys.executable, "-m", "common.summary", *map(str, runs)], cwd=ROOT,
-                                     text=True, capture_output=True, check=True).stdout
-            for line in printed.strip().splitlines():
+            main([str(path) for pattern in command.split() for path in sorted(ROOT.glob(pattern))])
+            for line in capsys.readouterr().out.strip().splitlines():
                 assert line in text, (page, line)
         for log in {path.parent for path in (ROOT / "results").rglob("result.json")}:
             assert (log / "log.jsonl").exists(), log
