@@ -39,17 +39,18 @@ CIFAR = dict(  # appendix A: decayed at epochs 160 and 180 of 200
 LARGE = dict(  # appendix A. paper: batch size not given / here: 128
     arch="resnet50", epochs=200, batch_size=128, lr=0.05, weight_decay=5e-4, schedule="cosine",
     evaluate_every=1, quick=dict(epochs=30))
+FASHION = {  # ours; phase two chosen on the validation images
+    **CIFAR, "arch": "resnet14", "epochs": 16, "batch_size": 32, "schedule": "cosine",
+    "phase_two_epochs": 60, "evaluate_every": 10, "quick": dict(epochs=5, phase_two_epochs=15)}
 RECIPES = {
-    "fashion_lt": {  # ours; phase two chosen on the validation images
-        **CIFAR, "arch": "resnet14", "epochs": 16, "batch_size": 32, "schedule": "cosine",
-        "phase_two_epochs": 60, "evaluate_every": 10, "quick": dict(epochs=5, phase_two_epochs=15)},
-    "cifar10_lt": CIFAR,  # ours: cifar100_lt's
-    "cifar100_lt": CIFAR,
+    "fashion_lt": FASHION, "cifar100_lt": CIFAR, "cifar10_lt": CIFAR,  # the last, ours: CIFAR-100's
     "places_lt": {  # appendix A: decayed at epochs 20 and 40 of 60
         **LARGE, "arch": "resnet152", "pretrained": True, "epochs": 60, "feature_lr": 5e-4,
         "schedule": "step", "milestones": [1 / 3, 2 / 3], "quick": dict(epochs=12)},
     "imagenet_lt": {**LARGE, "epochs": 90},  # paper: epochs not given / here: classifier-balancing@f162ade's
     "inat18": LARGE,  # epochs: section 4.1
+    "small": {**FASHION, "image_size": 64},  # ours, for own images, as the next one, which was not measured
+    "small_224": {**LARGE, "pretrained": True, "epochs": 20, "batch_size": 32, "lr": 0.01},
 }
 
 

@@ -62,7 +62,7 @@ RECIPES = {
     "imagenet_lt": {**PAPER, "lr": 2.5e-4},  # [G]'s log, which ends at 60.8: peak 1e-3; its rule gives 4e-3
     "inat18": {**PAPER, "drop_path": 0.2},  # paper: MGP at 128 pixels / here: at 224, in one run
     "places_lt": {**PAPER, "epochs": 30, "tau": 1.05},
-    "small": {**FASHION, "patch_size": 16, "image_size": 64},  # ours, for small sets: 16 tokens, too
+    "small": {**FASHION, "patch_size": None, "image_size": 64},  # ours, for small sets: 16 tokens, too
 }
 SIZES = {**VIT_SIZES, "mini": dict(width=128, depth=4, heads=4)}  # ours, for 16 tokens
 LOSSES = ("ce", "balanced-ce", "bce", "balanced-bce")
@@ -84,7 +84,7 @@ def parse_args(argv=None):
     add("--width", type=count, help="(that of --arch) channels of the ViT")
     add("--depth", type=count, help="(that of --arch) blocks of the ViT")
     add("--heads", type=count, help="(that of --arch) attention heads of the ViT")
-    add("--patch-size", type=count, help="pixels")
+    add("--patch-size", type=count, help="pixels (a quarter of the image)")
     add("--decoder-width", type=count, help="of the masked autoencoder's decoder")
     add("--decoder-depth", type=count, help="of the masked autoencoder's decoder")
     add("--decoder-heads", type=count, help="of the masked autoencoder's decoder")
@@ -198,7 +198,8 @@ def second_decoding(loss, logits, class_counts, tau=1.0):
 def net_sizes(args):
     """What a ViT is built from: image_size, patch_size, width, depth, heads."""
     named = {key: getattr(args, key) for key in ("width", "depth", "heads") if getattr(args, key) is not None}
-    return {"image_size": args.image_size, "patch_size": args.patch_size, **SIZES[args.arch], **named}
+    patch_size = args.patch_size or args.image_size // 4
+    return {"image_size": args.image_size, "patch_size": patch_size, **SIZES[args.arch], **named}
 
 
 def pretrained_vit(sizes, num_classes, drop_path, encoder):
