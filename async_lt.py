@@ -47,9 +47,9 @@ RECIPES = {
     "places_lt": {  # appendix A: decayed at epochs 20 and 40 of 60
         **LARGE, "arch": "resnet152", "pretrained": True, "epochs": 60, "feature_lr": 5e-4,
         "schedule": "step", "milestones": [1 / 3, 2 / 3], "quick": dict(epochs=12)},
-    "imagenet_lt": {**LARGE, "epochs": 90},  # paper: epochs not given / here: classifier-balancing@f162ade's
-    "inat18": LARGE,  # epochs: section 4.1
-    "small": {**FASHION, "image_size": 64},  # ours, for own images, as the next one, which was not measured
+    # paper: ImageNet-LT's epochs not given / here: classifier-balancing@f162ade's
+    "imagenet_lt": {**LARGE, "epochs": 90}, "inat18": LARGE,
+    "small": {**FASHION, "image_size": 64},  # ours, for own images; the next one is not measured
     "small_224": {**LARGE, "pretrained": True, "epochs": 20, "batch_size": 32, "lr": 0.01},
 }
 
@@ -301,8 +301,7 @@ def train_phase_two(run, old_model, old, new):
         features, targets, _ = run.features(old_model, images_of_new)
         model.classifier.imprint(features.to(run.device), targets.to(run.device), new, old)
 
-    # paper: sqrt(C / C1) in section 5, sqrt(C1 / C2) in appendix A / here: the latter, because the best value
-    # for Places-LT, 2.03, is sqrt(294 / 71)
+    # paper: sqrt(C / C1) in section 5, sqrt(C1 / C2) in appendix A / here: the latter, as 2.03 for Places-LT is
     weight = args.lambda_scale * math.sqrt(len(old) / len(new))  # lambda
     order = torch.cat([old, new]).to(run.device)
     place_of = order.argsort()  # class id -> its place in `order`
