@@ -79,6 +79,12 @@ ROWS = {
         ["mgp.pt", "model_bce.pt", "model.pt"],
         ["mgp", "bce, Bayes decoding", "bce", "balanced-bce, Bayes decoding", "balanced-bce"],
         {"--evaluate": "model.pt", "--mgp-checkpoint": "mgp.pt"}),
+    "candle": Row(
+        ["--arch", "reactnet_18", "--student-width", "0.0625", "--student-resolution", "16", "--resolutions",
+         "8", "16", "--teacher", "resnet14", "--teacher-weights", "embedded", "--calibration-epochs", "2",
+         "--smoothing", "0.1", "0"],
+        ["baseline.pt", "teacher.pt", "student.pt"], ["baseline", "teacher, 8 16", "candle"],
+        {"--evaluate": "student.pt", "--export": "student.pt"}),
 }
 METHODS = list(ROWS)
 
