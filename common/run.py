@@ -360,7 +360,7 @@ class Epoch:
     def curve(self, term, points=50):
         """A tracked term at no more than so many of the epoch's steps, evenly spaced: a list to draw."""
         values = self.step_losses[self.state["terms"].index(term)].tolist()
-        return [round(value, 5) for value in values[::math.ceil(len(values) / points)]]
+        return [round(value, 5) for value in values[::-(-len(values) // points)]]
 
     def log(self, **row):
         """Add to the epoch's line of log.jsonl."""
