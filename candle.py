@@ -66,6 +66,7 @@ RECIPES = {
     "inat18": dict(LARGE, smoothing=[0.3, 0.0], head_median=[842 / 8142, 4543 / 8142]),
 }
 
+
 def parse_args(argv=None):
     parser = Parser(__doc__, RECIPES)  # --dataset, --epochs, --lr, --resume, ...: common/flags.py
     add = parser.method
@@ -137,7 +138,6 @@ def label_aware_smoothing_loss(logits, targets, class_counts, head, tail, shape=
     rise = {"concave": (math.pi / 2 * x).sin(), "linear": x,
             "convex": 1 + (1.5 * math.pi + math.pi / 2 * x).sin()}[shape]  # 0 in the tail, 1 in the head
     e = (tail + (head - tail) * rise)[targets]
-
     log_p = logits.float().log_softmax(1)
     nll = -log_p.gather(1, targets[:, None]).squeeze(1)
     return ((1 - e) * nll - e * log_p.mean(1)).mean()  # -log_p.mean: all C classes alike

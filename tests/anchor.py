@@ -22,10 +22,10 @@ from tqdm import trange
 
 from common.data import load
 from common.evaluate import scores, table
+from common.folder import device_name, git_commit, versions
 from common.loader import Augmentation, Cut, every_image, make_loader
+from common.ranks import autocast, bad_input, choose_device, derive_seed, generator
 from common.resnet import CifarResNet
-from common.runtime import (autocast, bad_input, choose_device, derive_seed, device_name, generator,
-                            git_commit, versions)
 
 
 def parse_args(argv=None):

@@ -36,8 +36,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cbd
 import livt
-from common import runtime
+from common import ranks
 from common.data import load, long_tail_counts
+from common.folder import atomic_write, device_name, git_commit, versions
 from common.loader import Augmentation, Cut, make_loader
 from common.reactnet import ReActNet18
 from common.resnet import build_encoder
@@ -205,7 +206,7 @@ def prepare(work, data, device, batch_size, ours, amp=True, workers=0):
     net, loss_of, make_optimizer = work.build(ours, ours and device.type == "cuda")
     layout = torch.channels_last if ours else torch.contiguous_format
     net.to(device, memory_format=layout)
-    autocast = runtime.autocast(device, True) if ours and amp else contextlib.nullcontext
+    autocast = ranks.autocast(device, True) if ours and amp else contextlib.nullcontext
     if loss_of is None:
         images = torch.rand(batch_size, 3, work.side, work.side, device=device).to(memory_format=layout)
         return lambda steps: forward_epoch(net, images, steps, autocast)
@@ -253,11 +254,11 @@ def peak_memory(name, variant, npz, device, batch_size):
     """MiB of two steps above the imports, for a process of its own; None where it cannot be told."""
     work = WORKLOADS[name]
     torch.optim.SGD([torch.zeros(1)]).zero_grad()  # torch imports its compiler at the first call
-    device = runtime.choose_device(device)
-    runtime.peak_memory(device)
-    imports = runtime.peak_memory(device)
+    device = ranks.choose_device(device)
+    ranks.peak_memory(device)
+    imports = ranks.peak_memory(device)
     sum(prepare(work, images_for(work, npz), device, batch_size, **VARIANTS[variant])(2))
-    return None if imports is None else runtime.peak_memory(device) - imports
+    return None if imports is None else ranks.peak_memory(device) - imports
 
 
 def in_new_process(function, *arguments):
@@ -275,7 +276,7 @@ def measure(name, npz, device, rounds, quick, memory):
         work = work._replace(steps=40 * work.steps)
     data, memory_batch_size = images_for(work, npz), work.memory_batch_size or work.batch_size
     variants = [v for v in VARIANTS if any(v in pair for pair in work.goals)]
-    amp = "ours" if work.build and runtime.supports_bf16(device) else None
+    amp = "ours" if work.build and ranks.supports_bf16(device) else None
     precision = {v: torch.bfloat16 if v == amp else torch.float32 for v in variants}
     epochs = {v: prepare(work, data, device, work.batch_size, **VARIANTS[v]) for v in variants}
     rates, shares, flops, peaks = {v: [] for v in variants}, {v: [] for v in variants}, {}, {}
@@ -372,7 +373,8 @@ def table_line(row):
 
 
 def main(argv=None):
-    parser = runtime.Parser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.error = ranks.fail
     add, boolean = parser.add_argument, argparse.BooleanOptionalAction
     add("--rounds", type=int, default=5, help="that medians are taken over")
     add("--device", default="cpu", help="cpu, cuda")
@@ -381,8 +383,8 @@ def main(argv=None):
     add("--quick", action=boolean, default=False, help="2 images a step, 1 step a round: it runs, no more")
     add("--out", help="JSON file (results/benchmark.json; with --only and --quick none)")
     args = parser.parse_args(argv)
-    with runtime.bad_input():
-        device = runtime.choose_device(args.device)
+    with ranks.bad_input():
+        device = ranks.choose_device(args.device)
         if args.rounds < 1 or device.type != "cuda" and "schedule" in (args.only or ()):
             raise ValueError("--rounds must be at least 1, and the whole schedule needs --device cuda")
         out = args.out or (None if args.only or args.quick else "results/benchmark.json")
@@ -390,8 +392,8 @@ def main(argv=None):
             raise ValueError(f"there is no folder {Path(out).parent} for {out}")
         content = json.loads(Path(out).read_text()) if out and Path(out).exists() else {}
     names = args.only or [*WORKLOADS, *["schedule"] * (device.type == "cuda")]
-    header = {"device": runtime.device_name(args.device), "versions": runtime.versions(),
-              "git_commit": runtime.git_commit(), "argv": sys.argv[1:] if argv is None else argv}
+    header = {"device": device_name(args.device), "versions": versions(),
+              "git_commit": git_commit(), "argv": sys.argv[1:] if argv is None else argv}
     print(f"{header['device']}, torch {torch.__version__}, medians of {args.rounds} rounds\n")
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
     rows = []
@@ -404,7 +406,7 @@ def main(argv=None):
             print("\n".join(table_line(row) for row in rows if row["name"] == name), flush=True)
     if out:  # each kind of device has its own entry
         content[device.type] = {**header, "rows": rows}
-        runtime.atomic_write(out, lambda file: file.write(json.dumps(content, indent=1).encode()))
+        atomic_write(out, lambda file: file.write(json.dumps(content, indent=1).encode()))
     return rows
 
 

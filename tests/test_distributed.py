@@ -82,10 +82,10 @@ def test_ranks_that_end_right_after_a_transfer_end_well(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from common import runtime
-runtime.start_ranks("cpu")
+from common import ranks
+ranks.start_ranks("cpu")
 for i in range(300):
-    total = runtime.sum_ranks(torch.ones(1000))
+    total = ranks.sum_ranks(torch.ones(1000))
 sys.exit(int(total[0]) - 2)
 """)
     for _ in range(3):
