@@ -301,7 +301,7 @@ def train_phase_two(run, old_model, old, new):
         features, targets, _ = run.features(old_model, images_of_new)
         model.classifier.imprint(features.to(run.device), targets.to(run.device), new, old)
 
-    # paper: sqrt(C / C1) in section 5, sqrt(C1 / C2) in appendix A / here: the latter, as 2.03 for Places-LT is
+    # paper: sqrt(C / C1) in section 5, sqrt(C1 / C2) in appendix A / here: this, as 2.03 for Places-LT is it
     weight = args.lambda_scale * math.sqrt(len(old) / len(new))  # lambda
     order = torch.cat([old, new]).to(run.device)
     place_of = order.argsort()  # class id -> its place in `order`
