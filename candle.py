@@ -95,10 +95,7 @@ def parse_args(argv=None):
     add("--kl-reduction", choices=["mean", "batchmean"], default="batchmean", help="of L_KL over the classes")
     add("--direct-multi-resolution", action=BOOLEAN, default=False, help="to the student too (Figure 5)")
     add("--export", type=text, metavar="CHECKPOINT", help="write a saved student's 1-bit weights beside it")
-    args = parser.parse_args(argv)
-    if isinstance(args.smoothing, dict):  # that of the nearest imbalance factor that MiSLAS lists
-        args.smoothing = args.smoothing[min(args.smoothing, key=lambda f: abs(f - (args.imb_factor or 100)))]
-    return args
+    return parser.parse_args(argv)
 
 
 # ---------------------------------------------------------------- samplers and losses
@@ -381,7 +378,9 @@ def assess(run, model):
 
 
 def check_args(args):
-    """Refuse flags that contradict one another. Raises ValueError."""
+    """Choose the smoothing, refuse flags that contradict one another. Raises ValueError."""
+    if isinstance(args.smoothing, dict):  # that of the nearest imbalance factor that MiSLAS lists
+        args.smoothing = args.smoothing[min(args.smoothing, key=lambda f: abs(f - (args.imb_factor or 100)))]
     if args.student_resolution not in args.resolutions or len(set(args.resolutions)) < len(args.resolutions):
         raise ValueError(f"--resolutions must be different sides in pixels, the student's own "
                          f"({args.student_resolution}) among them, got {args.resolutions}")

@@ -49,7 +49,9 @@ def run(folder, *flags, name="run"):
 
 
 def settings(*flags):
-    return candle.parse_args(list(flags))
+    args = candle.parse_args(list(flags))
+    candle.check_args(args)
+    return args
 
 
 def make_teacher(resolutions=(8, 16, 24), num_classes=5, student_dim=32, side=2):
