@@ -377,31 +377,3 @@ def make_loader(split, data, cut, device, augmentation=Augmentation(), workers=0
     if isinstance(split, Images):
         return ResidentLoader(split, data, cut, torch.device(device), augmentation)
     return StreamedLoader(split, data, cut, torch.device(device), augmentation, workers)
-
-
-# ---------------------------------------------------------------- older calls, until nothing makes them
-
-_make, _split, _normalise = make_loader, split_batches, normalise
-
-
-def split_batches(num_indices, cut, *rest, **named):
-    if not isinstance(cut, Cut):
-        cut, rest = Cut(cut, *rest[:3]), rest[3:]
-    return _split(num_indices, cut, *rest, **named)
-
-
-def make_loader(split, data, cut, device, augmentation=Augmentation(), *rest, **named):
-    if isinstance(cut, Cut):
-        return _make(split, data, cut, device, augmentation, *rest, **named)
-    given = dict(zip(("seed", "rank", "ranks", "accumulation", "workers", "skip_bad", "noise"), rest), **named)
-    name = "none" if isinstance(augmentation, Augmentation) else augmentation
-    cut = Cut(cut, *(given.get(key, 1 - (key == "rank")) for key in ("rank", "ranks", "accumulation")))
-    loader = _make(split, data, cut, device, Augmentation(name, given.get("seed", 0), given.get("noise", 0.01)),
-                   given.get("workers", 0))
-    loader.batch_size, loader.bad_images, loader.bad_indices = cut.batch_size, frozenset(), frozenset()
-    return loader
-
-
-def normalise(images, mean, std):
-    rows = images.shape[-1] == 3 and images.shape[1] != 3  # [N, H, W, 3]
-    return _normalise(images.permute(0, 3, 1, 2) if rows else images, mean, std)

@@ -79,15 +79,13 @@ def _one_line():
         yield
     except (RuntimeError, OSError, EOFError) as reason:
         text = str(reason)
+        ended = ("exited unexpectedly", "killed by signal", "timed out")
         if "shared memory" in text or "No space left" in text:
-            what = "the shared memory, /dev/shm, is full: make it larger (docker run --shm-size 8g), or take " \
-                "fewer --workers (0: none)"
+            what = "the shared memory, /dev/shm, is full: make it larger (docker run --shm-size 8g)"
         elif "Too many open files" in text:
-            what = "too many open files: allow more (ulimit -n 65536), or take fewer --workers (0: none)"
-        elif not isinstance(reason, RuntimeError) or "exited unexpectedly" in text or "killed by" in text \
-                or "timed out" in text:
-            what = "a worker process was killed, perhaps for want of memory: take fewer --workers (0: none); " \
-                "--resume goes on"
+            what = "too many open files: allow more (ulimit -n 65536)"
+        elif not isinstance(reason, RuntimeError) or any(words in text for words in ended):
+            what = "a worker process was killed, perhaps for want of memory: --resume goes on"
         else:
             raise
-        raise LostWorker(what) from reason
+        raise LostWorker(f"{what}; fewer --workers take less (0: none)") from reason

@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 import async_lt
 import common.loader
+from common.augment import normalise
 from common.data import load, long_tail_counts
 from common.evaluate import gradient_norms, scores
-from common.loader import normalise
 from common.resnet import CosineClassifier
 from common.run import Epoch, Run
 from tests.tiny import COUNTS, one_error, same_weights, tiny_npz, weights
@@ -422,7 +422,7 @@ def test_recipes_are_the_papers_where_it_says_so_and_flags_win():
 
 def test_scores_are_in_the_data_set_s_own_class_ids(full):
     data = load(str(full.npz))
-    images = normalise(torch.from_numpy(data.test.images), data.mean, data.std)
+    images = normalise(torch.from_numpy(data.test.images).permute(0, 3, 1, 2), data.mean, data.std)
     for file, stage in zip(FILES, full.result["stages"]):
         model, saved = async_lt.load_model(full.folder / file)
         assert not model.training and saved["class_names"] == data.class_names
@@ -480,7 +480,8 @@ def test_memory_holds_k_chosen_images_of_each_phase_one_class_and_none_of_the_ot
     assert len(set(D.tolist())) == len(D)
     assert torch.bincount(targets[D]).tolist() == [8, 8, 3, 8, 12]  # 8 of 60 and of 30, and all of X2
     model, _ = async_lt.load_model(full.folder / "phase_one.pt")
-    images = normalise(torch.from_numpy(data.train.images), data.mean, data.std)  # not augmented
+    images = torch.from_numpy(data.train.images).permute(0, 3, 1, 2)
+    images = normalise(images, data.mean, data.std)  # not augmented
     for c in OLD:
         own = (targets == c).nonzero().flatten()
         with torch.no_grad():
@@ -517,7 +518,7 @@ def test_phase_two_starts_from_phase_one_with_imprinted_rows(full, short):
     assert torch.equal(rows[OLD], saved["classifier.weight"][OLD])
     data, (model, _) = load(str(full.npz)), async_lt.load_model(full.folder / "phase_one.pt")
     for c in NEW:
-        images = torch.from_numpy(data.train.images[data.train.targets == c])
+        images = torch.from_numpy(data.train.images[data.train.targets == c]).permute(0, 3, 1, 2)
         with torch.no_grad():
             mean = F.normalize(model.backbone(normalise(images, data.mean, data.std)), dim=1).mean(0)
         assert torch.allclose(rows[c], rows[OLD].norm(dim=1).mean() * F.normalize(mean, dim=0), atol=1e-4)
@@ -639,7 +640,7 @@ def test_gradient_norms_are_those_of_the_direct_gradient(tmp_path):
     torch.manual_seed(0)
     model = async_lt.AsyncNet("resnet14", 5)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    images = normalise(torch.from_numpy(data.train.images[3:23]), data.mean, data.std)
+    images = normalise(torch.from_numpy(data.train.images[3:23]).permute(0, 3, 1, 2), data.mean, data.std)
     targets = torch.from_numpy(data.train.targets[3:23])
     batches = zip(images.split(7), targets.split(7))  # a whole over batches of other sizes
     found = gradient_norms(model, batches, torch.tensor([1, 3]), contextlib.nullcontext)

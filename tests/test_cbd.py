@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 import cbd
+from common.augment import normalise
 from common.data import load
 from common.evaluate import scores
-from common.loader import normalise
 from tests.tiny import log_rows, noise_npz, refused, run, same_weights, weights
 
 # ---------------------------------------------------------------- sampler
@@ -139,7 +139,7 @@ def teachers(tmp_path_factory):
 def test_the_teacher_ensemble_is_the_average_of_the_teachers_outputs(teachers):
     folder, result = teachers
     data = load(str(folder / "images.npz"))
-    images = normalise(torch.from_numpy(data.test.images), data.mean, data.std)
+    images = normalise(torch.from_numpy(data.test.images).permute(0, 3, 1, 2), data.mean, data.std)
     with torch.no_grad():
         logits = sum(cbd.load_model(folder / "both" / f"teacher_{i}.pt")[0](images)[0] for i in (1, 2)) / 2
     expected = scores(logits, torch.from_numpy(data.test.targets), data.class_counts)
@@ -176,7 +176,7 @@ def test_the_student_s_first_step_follows_equation_4(tmp_path):
     data = load(str(tmp_path / "images.npz"))
     teachers = cbd.Teachers(cbd.load_model(tmp_path / "run" / f"teacher_{i}.pt")[0] for i in (1, 2))
     student = cbd.load_model(tmp_path / "run" / "student.pt")[0].train()  # lr 0: as it started
-    images = normalise(torch.from_numpy(data.train.images), data.mean, data.std)
+    images = normalise(torch.from_numpy(data.train.images).permute(0, 3, 1, 2), data.mean, data.std)
     targets = torch.from_numpy(data.train.targets)
     logits, features = student(images)
     wide = teachers(images)[1]

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import livt
+from common.augment import normalise
 from common.data import load
 from common.evaluate import scores
-from common.loader import normalise
 from common.vit import MAE, VIT_SIZES, ViT
 from tests.tiny import one_error, same_weights, tiny_npz, weights
 
@@ -380,7 +380,7 @@ def test_one_run_trains_every_loss_from_one_pre_training_and_writes_what_it_prom
 def test_scores_are_those_of_the_saved_nets_by_both_decodings(full):
     folder, result = full
     data = load(str(folder / "tiny.npz"))
-    images = normalise(torch.from_numpy(data.test.images), data.mean, data.std)
+    images = normalise(torch.from_numpy(data.test.images).permute(0, 3, 1, 2), data.mean, data.std)
     targets, stages = torch.from_numpy(data.test.targets), {s["name"]: s for s in result["stages"]}
     for loss, file in (("balanced-bce", "model.pt"), ("bce", "model_bce.pt"), ("ce", "model_ce.pt"),
                        ("balanced-ce", "model_balanced-ce.pt")):
