@@ -116,9 +116,8 @@ def once_a_seed(members):
         same, path = seeds.setdefault(seed, stage), paths.setdefault(seed, result["path"])
         # another machine's rounding moves less than .5
         if stage["all"] is not None and abs(same["all"] - stage["all"]) > 0.5:
-            raise ValueError(f"{path} and {result['path']} have the same settings and seed, but the stage "
-                             f"{stage['name']!r} has {same['all']:.1f} in one, {stage['all']:.1f} in the other; "
-                             "give one of them")
+            raise ValueError(f"{path} and {result['path']} are of one seed and the same settings, "
+                             f"but {stage['name']!r} has {same['all']:.1f} and {stage['all']:.1f}; give one")
         if stage.get("seconds"):  # the run that trained it knows how long that took
             seeds[seed] = stage
     return seeds

@@ -50,7 +50,7 @@ def test_sources_import_only_the_card_s_packages():
     card = sys.stdlib_module_names | {"torch", "torchvision", "numpy", "tqdm", "common"}
     for path in SOURCES:
         optional = {"pretrained": {"timm", "safetensors", "huggingface_hub"},
-                    "plot": {"matplotlib"}}.get(path.stem, set())
+                    "figure": {"matplotlib"}}.get(path.stem, set())
         allowed = card | optional
         for module in imported_modules(path):
             assert module.split(".")[0] in allowed | {"PIL"}, (path, module)  # PIL comes with torchvision
