@@ -27,9 +27,10 @@ def stage(name, accuracy, seconds=6.0, **more):
 def write_run(folder, *stages, method="cbd", seed=0, lines=(), finished=True, **flags):
     """A run's folder with these stages, and a log of two epochs each unless `lines` says another."""
     args = {"dataset": "set", "seed": seed, "out": str(folder), "alpha": 0.4, "lr": 0.1, **flags}
-    lines = lines or [{"stage": each["name"], "epoch": epoch, "loss": 1 / epoch, "all": (each["all"] or 0) + epoch,
-                       "lambda": epoch / 2, "seconds": each["seconds"] * epoch / 2}
-                      for each in stages for epoch in (1, 2)]
+    lines = lines or [
+        {"stage": each["name"], "epoch": epoch, "loss": 1 / epoch, "all": (each["all"] or 0) + epoch,
+         "lambda": epoch / 2, "seconds": (each["seconds"] or 0) * epoch / 2}
+        for each in stages for epoch in (1, 2)]
     folder.mkdir()
     log = [{"method": method, "args": args}, *lines]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
@@ -167,7 +168,8 @@ def test_the_figure_draws_every_number_and_nothing_hides_or_is_cut_off(kind, tmp
     names = "balanced-bce, from scratch, Bayes decoding", "candle, full precision, learned balance, by itself"
     runs = [ROOT / "results/async_lt/gradients"] if kind == "gradients" else [
         write_run(tmp_path / f"{method}{alpha}",
-                  *(stage(name, [10.0, 90.0, 50.0, 30.0 * alpha]) for name in names), method=method, alpha=alpha)
+                  *(stage(name, [10.0, 90.0, 50.0, 30.0 * alpha]) for name in names),
+                  method=method, alpha=alpha)
         for method in ("livt", "candle", "async_lt") for alpha in (0.5, 1.0)]
     shown = panels(kind, *runs, stages=names if kind == "norm-gap" else None, flag="alpha")
     with matplotlib.rc_context(LOOK):
