@@ -1,93 +1,143 @@
-"""Two processes under torchrun give one process's numbers."""
+"""Two ranks give one process's numbers, end together, and leave a checkpoint when they are told to stop."""
 import json
 import os
+import signal
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+from tests.tiny import (METHODS, ROOT, ended, log_rows, noise_npz, start, start_ranks, tiny_flags,
+                        wait_for, weights, without_batch_norm)
 
-
-def images_npz(path, num_images=37, num_test=11):
-    generator = np.random.default_rng(0)
-    targets = np.concatenate([[0, 1, 2], generator.integers(0, 3, num_images - 3)])
-    images = generator.integers(0, 256, (num_images, 8, 8, 3), dtype=np.uint8)
-    np.savez(path, x_train=images, y_train=targets, x_test=images[:num_test],
-             y_test=targets[:num_test])
-
-
-def train(tmp_path, name, processes, method, *flags):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] \
-        if processes > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / "tests" / "run_without_batch_norm.py"), method,
-               "--dataset", str(tmp_path / "images.npz"), "--epochs", "2", "--lr", "0.003", "--no-amp",
-               "--device", "cpu", "--evaluate-every", "1", "--out", str(tmp_path / name), *flags]
-    subprocess.run(command, check=True, env=ENVIRONMENT, timeout=300)
-    lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()[1:]]
-    file = "student.pt" if method == "cbd" else "model.pt"
-    weights = torch.load(tmp_path / name / file, weights_only=True)["state_dict"]
-    return lines, weights, json.loads((tmp_path / name / "result.json").read_text())
-
-
-FLAGS = {"cbd": ["--teachers", "2", "--arch", "resnet14"],
-         # without the losses that look at all of a rank's part of a batch
-         "async_lt": ["--arch", "resnet14", "--phase-two-epochs", "2", "--phase-one-classes", "2",
-                      "--memory-per-class", "3", "--no-retentive", "--no-margin", "--no-plain"],
-         # without what each rank draws for itself
-         "livt": ["--width", "16", "--depth", "2", "--heads", "2", "--patch-size", "4", "--image-size", "8",
-                  "--from-scratch", "--augment", "plain", "--drop-path", "0", "--loss", "balanced-bce"]}
+# without what a rank draws for itself, and losses that look at all of a rank's part of a batch
+EXACT = {"cbd": [], "async_lt": ["--no-retentive", "--no-margin"],
+         "livt": ["--augment", "plain", "--drop-path", "0", "--from-scratch"],
+         "candle": ["--no-binarize", "--balance", "fixed"]}
+NETS = {"cbd": "student.pt", "async_lt": "model.pt", "livt": "model.pt", "candle": "student.pt"}
 
 
 # 37 images: the last batch holds 5 (3 and 2 a rank), or 1 (fewer than there are ranks)
 # 12 = 2 ranks x 3 parts x 2
 @pytest.mark.parametrize("method, batch_size, accumulation", [
-    ("cbd", "8", "1"), ("cbd", "12", "3"), ("async_lt", "12", "3"), ("livt", "12", "3")])
+    ("cbd", "8", "1"), *((method, "12", "3") for method in METHODS)])
 def test_two_ranks_give_one_process_losses_weights_and_scores(tmp_path, method, batch_size, accumulation):
-    images_npz(tmp_path / "images.npz")
-    flags = [method, *FLAGS[method], "--batch-size", batch_size]
-    lines, weights, result = train(tmp_path, "one", 1, *flags)
-    lines2, weights2, result2 = train(tmp_path, "two", 2, *flags, "--grad-accumulation", accumulation)
-    assert [line["stage"] for line in lines] == [line["stage"] for line in lines2]
-    for one, two in zip(lines, lines2):
-        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
-        assert one["per_class_accuracy"] == two["per_class_accuracy"]
-    for name in weights:
-        assert torch.allclose(weights[name], weights2[name], atol=1e-5), name
-    for stage, stage2 in zip(result["stages"], result2["stages"]):
-        assert stage["all"] == stage2["all"] and stage.get("ncm") == pytest.approx(stage2.get("ncm"))
-        assert stage["ece"] == pytest.approx(stage2["ece"], abs=1e-3)
+    flags = [*EXACT[method], "--batch-size", batch_size, "--lr", "0.003", "--no-amp"]
+    one = start(method, tmp_path, *flags, "--out", "one", prepare=without_batch_norm)
+    two = start_ranks(method, tmp_path, *flags, "--grad-accumulation", accumulation, "--out", "two",
+                      prepare=without_batch_norm)
+    assert [ended(process) for process in (one, *two)] == [0, 0, 0], (tmp_path / "err").read_text()
+    for a, b in zip(log_rows(tmp_path / "one"), log_rows(tmp_path / "two"), strict=True):
+        assert (a["stage"], a["epoch"]) == (b["stage"], b["epoch"])
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a.get("per_class_accuracy") == b.get("per_class_accuracy")
+    a, b = (weights(tmp_path / name / NETS[method]) for name in ("one", "two"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
+    for a, b in zip(*(result["stages"] for result in results), strict=True):
+        assert a["all"] == b["all"] and a.get("ncm") == pytest.approx(b.get("ncm"))
 
 
-def test_every_stage_of_livt_and_async_lt_ends_on_two_ranks_that_share_one_test_image(tmp_path):
-    images_npz(tmp_path / "images.npz", num_test=1)
-    flags = [flag for flag in FLAGS["livt"] if flag != "--from-scratch"]
-    _, _, result = train(tmp_path, "livt", 2, "livt", *flags, "--mgp-epochs", "1", "--mgp-batch-size", "8",
-                         "--decoder-width", "16", "--decoder-depth", "1", "--decoder-heads", "2")
-    assert [stage["name"] for stage in result["stages"]] == ["mgp", "balanced-bce, Bayes decoding",
-                                                             "balanced-bce"]
-    flags = [flag for flag in FLAGS["async_lt"] if not flag.startswith("--no-")]
-    _, _, result = train(tmp_path, "async_lt", 2, "async_lt", *flags)
-    assert len(result["stages"]) == 3 and all(0 <= stage["all"] <= 100 for stage in result["stages"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_stage_ends_on_two_ranks_that_share_one_test_image(method, tmp_path):
+    noise_npz(tmp_path, num_test=1)
+    ranks = start_ranks(method, tmp_path, "--epochs", "1", "--out", "run")
+    assert [ended(process) for process in ranks] == [0, 0], (tmp_path / "err").read_text()
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert 0 <= result["all"] <= 100
+
+
+def test_a_run_stopped_inside_an_epoch_goes_on_on_another_number_of_ranks_with_the_same_losses(tmp_path):
+    flags = ("--teachers", "1", "--only-teacher", "1", "--batch-size", "2", "--lr", "0.003", "--no-amp",
+             "--epochs", "1", "--resume")
+    for name in ("whole", "cut"):
+        limit = ["--time-limit", "0"] * (name == "cut")
+        ranks = start_ranks("cbd", tmp_path, *flags, *limit, "--out", name, prepare=without_batch_norm)
+        assert [ended(process) for process in ranks] == [0, 0], (tmp_path / "err").read_text()
+    assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["progress"]["step"] == 16
+    assert ended(start("cbd", tmp_path, *flags, "--out", "cut", prepare=without_batch_norm)) == 0
+    whole, cut = log_rows(tmp_path / "whole"), log_rows(tmp_path / "cut")
+    assert whole[0]["loss"] == pytest.approx(cut[0]["loss"], abs=1e-5)
+
+
+def test_a_wrong_flag_is_one_line_on_two_ranks(tmp_path):
+    ranks = start_ranks("cbd", tmp_path, "--evaluate-on", "val")
+    assert [ended(process) for process in ranks] == [2, 2]
+    assert (tmp_path / "err").read_text().count("error: ") == 1
+
+
+# ---------------------------------------------------------------- torchrun itself
+
+@pytest.fixture
+def agent(tmp_path, monkeypatch):
+    """torchrun with two ranks of an endless cbd.py in its second epoch, in a process group of its own."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # for torchrun's own files
+    noise_npz(tmp_path)
+    with open(tmp_path / "out", "w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+             str(ROOT / "cbd.py"), *tiny_flags("cbd"), "--batch-size", "2", "--epochs", "1000", "--out", "run"],
+            cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    wait_for(lambda: (tmp_path / "run" / "last.pt").exists() or process.poll() is not None)
+    yield process, children(process.pid), tmp_path
+    for pid in (process.pid, *children(process.pid)):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def children(pid):
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(child) for child in found.stdout.split()]
+
+
+def is_gone(pid):
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:  # none of ours
+        status = f"/proc/{pid}/stat"
+        return not os.path.exists(status) or open(status).read().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_a_signal_to_all_processes_at_once_leaves_a_checkpoint(agent):
+    process, ranks, folder = agent
+    os.killpg(process.pid, signal.SIGTERM)  # as schedulers do; torchrun hands it on to the ranks once more
+    wait_for(lambda: all(map(is_gone, ranks)), 60)
+    assert process.wait(60) != 0
+    saved = torch.load(folder / "run" / "last.pt", weights_only=True)["progress"]
+    assert saved["step"] > 0, (folder / "out").read_text()
+    assert "stopped by SIGTERM" in (folder / "out").read_text()
+
+
+def test_ranks_whose_agent_is_killed_do_not_train_on(agent):
+    process, ranks, _ = agent
+    assert len(ranks) == 2
+    process.kill()
+    process.wait(10)
+    wait_for(lambda: all(map(is_gone, ranks)), 60)
+
+
+def test_a_dead_rank_ends_the_others_within_a_minute(agent):
+    process, ranks, folder = agent
+    os.kill(ranks[-1], signal.SIGKILL)
+    assert process.wait(60) != 0
+    assert torch.load(folder / "run" / "last.pt", weights_only=True)["stage"] == "teacher 1, standard"
+
+
+def transfer_and_end():
+    from common import ranks
+    ranks.start_ranks("cpu")
+    for _ in range(300):
+        total = ranks.sum_ranks(torch.ones(1000))
+    assert total[0] == 2
 
 
 def test_ranks_that_end_right_after_a_transfer_end_well(tmp_path):
     # where gloo's threads still hold a tensor, one end in ten aborted, or hung, on a busy machine
     script = tmp_path / "script.py"
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch
-from common import ranks
-ranks.start_ranks("cpu")
-for i in range(300):
-    total = ranks.sum_ranks(torch.ones(1000))
-sys.exit(int(total[0]) - 2)
-""")
-    for _ in range(3):
+    script.write_text(f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}\n"
+                      "from test_distributed import transfer_and_end\ntransfer_and_end()\n")
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    for _ in range(2):
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                        "2", str(script)], check=True, env=ENVIRONMENT, timeout=60)
+                        "2", str(script)], check=True, env=environment, timeout=120)

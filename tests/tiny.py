@@ -5,6 +5,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -72,6 +73,10 @@ ROWS = {
         ["--teachers", "2", "--arch", "resnet14"], ["teacher_1.pt", "teacher_2.pt", "student.pt"],
         ["teacher 1, standard", "teacher 2, augmented", "teacher ensemble, K=2", "cbd, K=2"],
         {"--evaluate": "student.pt", "--teacher-checkpoints": "teacher_1.pt"}),
+    "async_lt": Row(
+        ["--arch", "resnet14", "--phase-two-epochs", "2", "--phase-one-classes", "2", "--memory-per-class", "3"],
+        ["plain.pt", "phase_one.pt", "model.pt"], ["plain", "phase one", "two phases"],
+        {"--evaluate": "model.pt", "--phase-one-checkpoint": "phase_one.pt"}),
     "livt": Row(
         ["--width", "16", "--depth", "2", "--heads", "2", "--patch-size", "4", "--image-size", "8",
          "--decoder-width", "16", "--decoder-depth", "1", "--decoder-heads", "2", "--mgp-epochs", "2",
@@ -169,6 +174,17 @@ def _work(method, folder, flags, prepare, out, err, environment, group):
         module.main(module.parse_args(flags))
     finally:
         atexit._run_exitfuncs()  # as at a script's end; multiprocessing leaves them out
+
+
+def start_ranks(method, folder, *flags, ranks=2, **how):
+    """The same on several ranks, as torchrun would start them. Returns the processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks),
+              "LOCAL_WORLD_SIZE": str(ranks)}
+    return [start(method, folder, *flags, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **how)
+            for rank in range(ranks)]
 
 
 def ended(process, seconds=120):
