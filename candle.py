@@ -49,7 +49,8 @@ RECIPES = {
     "fashion_lt": dict(  # all ours
         PAPER, arch="reactnet_18", student_width=0.25, student_resolution=32, teacher="resnet14", epochs=15,
         teacher_weights="embedded", resolutions=[16, 32, 48], calibration_epochs=5, batch_size=32,
-        quick=dict(epochs=5, calibration_epochs=2), evaluate_every=5, smoothing=[0.1, 0], head_median=[0.3, 0.7]),
+        evaluate_every=5, quick=dict(epochs=5, calibration_epochs=2),
+        smoothing=[0.1, 0], head_median=[0.3, 0.7]),
     "cifar10_lt": dict(CIFAR, smoothing={10: [0.1, 0], 50: [0.2, 0], 100: [0.3, 0]}, head_median=[0.3, 0.7]),
     "cifar100_lt": dict(CIFAR, smoothing={10: [0.2, 0], 50: [0.3, 0], 100: [0.4, 0.1]},
                         head_median=[36 / 100, 71 / 100]),
