@@ -50,7 +50,7 @@ RECIPES = {
     # paper: ImageNet-LT's epochs not given / here: classifier-balancing@f162ade's
     "imagenet_lt": {**LARGE, "epochs": 90}, "inat18": LARGE,
     "small": {**FASHION, "image_size": 64},  # ours, for own images; the next one is not measured
-    "small_224": {**LARGE, "pretrained": True, "epochs": 20, "batch_size": 32, "lr": 0.01},
+    "small_224": dict(LARGE, pretrained=True, epochs=20, batch_size=32, lr=0.01, quick=dict(epochs=5)),
 }
 
 

@@ -37,14 +37,14 @@ SMALL = dict(  # ours: LDAM-DRW's net, batch, epochs and lr. paper: nothing smal
 LARGE = dict(  # section 4.1, appendix A.2; [G]: lr .05 at batch 128
     arch="resnet50", epochs=200, batch_size=256, lr=0.2, evaluate_every=1, quick=dict(epochs=30),
     weight_decay=1e-4)  # paper: not given; [G]: half of 5e-4 (iNaturalist 2e-4), on batch norm's too
+FASHION = {**SMALL, "arch": "resnet14", "epochs": 20, "batch_size": 32, "quick": dict(epochs=5)}
 RECIPES = {
-    "fashion_lt": {**SMALL, "arch": "resnet14", "epochs": 20, "batch_size": 32, "quick": dict(epochs=5)},
-    "cifar10_lt": SMALL, "cifar100_lt": SMALL,
+    "fashion_lt": FASHION, "cifar10_lt": SMALL, "cifar100_lt": SMALL,
     "imagenet_lt": {**LARGE, "epochs": 90, "weight_decay": 2.5e-4},
     "inat18": LARGE, "inat17": LARGE,  # weight decay: inat17's is iNat18's
-    # ours, for own images: pictures at 64 pixels as the embedded set; or at 224 from ImageNet's weights
-    "small": {**SMALL, "arch": "resnet14", "epochs": 20, "batch_size": 32, "image_size": 64},
-    "small_224": {**LARGE, "pretrained": True, "epochs": 20, "batch_size": 32, "lr": 0.01},  # not measured
+    # ours, for own images: at 64 pixels as the embedded set; or (not measured) at 224 from ImageNet's weights
+    "small": {**FASHION, "image_size": 64},
+    "small_224": dict(LARGE, pretrained=True, epochs=20, batch_size=32, lr=0.01, quick=dict(epochs=5)),
 }
 DISTILLING, FROM_TEACHER = ("cbd", "kd", "hybrid"), ("finetune", "crt")
 ALONE = "class-balanced", "logit-adjusted"  # without a teacher
