@@ -12,8 +12,8 @@ matches the graph of the frozen phase-one net's features with that of the new on
 Expect (last epoch, all classes, results/async_lt.md): embedded images, 5 seeds: plain 78.0 +- 1.1, two phases
 79.0 +- .8. 100 classes of Tiny-ImageNet in CIFAR-100-LT's shape, 30 epochs, 3 seeds: 27.6 +- .4, 29.6 +- 1.0.
 
-A line that departs from the paper, or had to choose, says so behind `paper:`; [L] is the code that the method
-builds on, hshustc/CVPR19_Incremental_Learning. The rows with a dagger are left out: not described.
+A line that departs from the paper, or had to choose, says so behind `paper:`; [L] is the code of LUCIR, whose
+margin loss and lambda it has, hshustc/CVPR19_Incremental_Learning. The dagger's rows, not described, are out.
 """
 import copy
 import math
@@ -32,7 +32,7 @@ from common.run import Run
 
 # ---------------------------------------------------------------- recipes
 
-CIFAR = dict(  # appendix A: decayed at epochs 160 and 180 of 200
+CIFAR = dict(  # appendix A. paper: lr decayed "by 0.01" at epochs 160 and 180 of 200 / here: times .01
     arch="resnet32", epochs=200, batch_size=64, lr=0.1, weight_decay=5e-4, schedule="step", evaluate_every=5,
     # paper: one schedule for both phases / here: a lower lr in phase two, chosen on Tiny-ImageNet
     phase_two_lr=0.01, quick=dict(epochs=30, phase_two_epochs=40))
@@ -102,11 +102,11 @@ def weighted_indices(targets, probabilities, generator):
 
     targets: class ids [n]; probabilities: [C], 0 for a class without images; on the CPU. Returns int64 [n].
     """
-    sizes = lambda ids: torch.bincount(ids, minlength=len(probabilities)).tolist()
     drawn = torch.multinomial(probabilities, len(targets), replacement=True, generator=generator)
-    members, slots = (ids.argsort(stable=True).split(sizes(ids)) for ids in (targets, drawn))  # by class
+    members = targets.argsort(stable=True).split(targets.bincount(minlength=len(probabilities)).tolist())
+    slots = drawn.argsort(stable=True).split(drawn.bincount(minlength=len(probabilities)).tolist())
     indices = torch.empty(len(targets), dtype=torch.int64)
-    for images, places in zip(members, slots):
+    for images, places in zip(members, slots):  # a class's images, and where in the epoch it was drawn
         if len(places):
             cycles = math.ceil(len(places) / len(images))
             shuffled = torch.rand(cycles, len(images), generator=generator).argsort(1)  # rows: permutations
@@ -129,7 +129,7 @@ def select_exemplars(features, k):
     for _ in range(min(k, len(features))):
         similarity = features @ F.normalize(query, dim=0)
         similarity[chosen] = -math.inf  # paper: may choose an image twice / here: once
-        chosen.append(similarity.argmax().item())  # Eq. (2), (5)
+        chosen.append(similarity.argmax().item())  # Eq. (2), (5). paper: over X_1 / here: over class j
         memory = features[chosen]  # M_j
         p = (memory @ F.normalize(center, dim=0)).softmax(0)  # Eq. (3)
         z = p @ memory  # Eq. (4)
@@ -301,7 +301,7 @@ def train_phase_two(run, old_model, old, new):
         features, targets, _ = run.features(old_model, images_of_new)
         model.classifier.imprint(features.to(run.device), targets.to(run.device), new, old)
 
-    # paper: sqrt(C / C1) in section 5, sqrt(C1 / C2) in appendix A / here: this, as 2.03 for Places-LT is it
+    # paper: sqrt(C / C1) in section 5, sqrt(C1 / C2) in appendix A / here: the latter, Places-LT's 2.03
     weight = args.lambda_scale * math.sqrt(len(old) / len(new))  # lambda
     order = torch.cat([old, new]).to(run.device)
     place_of = order.argsort()  # class id -> its place in `order`
@@ -316,7 +316,7 @@ def train_phase_two(run, old_model, old, new):
                 logits, features = forward(images)
                 loss = F.cross_entropy(logits, targets)  # L_cls
                 if args.margin:
-                    cosines = logits / model.classifier.scale
+                    cosines = logits / model.classifier.scale  # [N, C]
                     loss = loss + margin_loss(cosines[:, order], place_of[targets], len(old))  # L_intra
                 if args.retentive:
                     with torch.no_grad():

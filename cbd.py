@@ -55,7 +55,7 @@ def parse_args(argv=None):
     add = parser.method
     add("--arch", choices=ARCHS, help="backbone")
     add("--teachers", type=count, help="K (1 unless kinds or checkpoints say more)")
-    add("--teacher-kinds", nargs="+", choices=["standard", "augmented"], help="one a teacher (Table 1)")
+    add("--teacher-kinds", nargs="+", choices=["standard", "augmented"], help="one per teacher (Table 1)")
     add("--teacher-checkpoints", type=text, nargs="+", metavar="FILE", help="instead of stage one")
     add("--only-teacher", type=count, metavar="I", help="train the I-th teacher, from 1, and stop")
     add("--second-stage", choices=[*DISTILLING, *FROM_TEACHER, *ALONE], default="cbd",
@@ -63,7 +63,7 @@ def parse_args(argv=None):
     add("--second-stage-epochs", type=count, help="(--epochs; finetune and crt: 10)")
     add("--second-stage-lr", type=number, help="(--lr; finetune: .01)")
     add("--student-augmentation", choices=["standard", "augmented"], default="standard", help="of stage two")
-    add("--student-sampling", choices=["class-balanced", "instance"], help="(see train_student)")
+    add("--student-sampling", choices=["class-balanced", "instance"], help="(instance if logit-adjusted)")
     add("--loss", choices=["ce", "logit-adjusted"], default="ce", help="second stage's classification loss")
     add("--projection", choices=["linear", "relu"], help="h of Eq. (4) (with one teacher none, else relu)")
     add("--pretrained", action=BOOLEAN, default=False, help="nets start from torchvision's ImageNet weights")
@@ -100,7 +100,7 @@ def class_balanced_indices(targets, generator, length=None):
     drawn = torch.randint(len(classes), (length,), generator=generator)
     slots = drawn.argsort(stable=True).split(torch.bincount(drawn, minlength=len(classes)).tolist())
     indices = torch.empty(length, dtype=torch.int64)
-    for images, places in zip(members, slots):
+    for images, places in zip(members, slots):  # a class's images, and where in the epoch it was drawn
         cycles = math.ceil(len(places) / len(images))
         shuffled = torch.rand(cycles, len(images), generator=generator).argsort(1)  # each row a permutation
         indices[places] = images[shuffled].flatten()[:len(places)]
@@ -117,7 +117,8 @@ def feature_distillation_loss(student, teacher):
 
 
 def cbd_loss(logits, targets, student_features, teacher_features, alpha=0.4, beta=100.0):
-    """Eq. (2); with h(v) and the K teachers' concatenated features, Eq. (4).
+    """Eq. (2), as a mean over the batch; with h(v) and the K teachers' concatenated features, Eq. (4). l_F is
+    written out again, so that this function can be copied alone.
 
     logits: [N, C]; targets: class ids [N]; features: [N, D]. Returns a scalar. Raises ValueError.
     """
@@ -162,8 +163,8 @@ class CBDNet(nn.Module):
         if project_to:  # [G]: Keras's default
             nn.init.xavier_uniform_(self.h.weight)
             nn.init.zeros_(self.h.bias)
-        # paper: the classifier stands on h(v) / here: on relu(h(v)), as in [G], because the teachers'
-        # features are not negative either; --projection linear is the paper's
+        # paper: the classifier and l_F take h(v) / here: relu(h(v)), as in [G], as the teachers' features are
+        # not negative either; --projection linear is the paper's
         self.rectify = nn.ReLU() if projection == "relu" else nn.Identity()
         self.classifier = CosineClassifier(self.feature_dim, num_classes, gamma)
 
@@ -218,7 +219,7 @@ def train_teacher(run, name, file, kind):
         for images, targets, share, ends_step in epoch.batches(indices):
             with run.autocast():  # paper: precision not given / here: bf16 where the device computes it
                 logits, _ = forward(images)
-                loss = share * F.cross_entropy(logits, targets)  # Eq. (1)
+                loss = share * F.cross_entropy(logits, targets)  # Eq. (1); share: 1, or a rank's part
             loss.backward()
             epoch.track(loss=loss)
             if ends_step:
@@ -249,7 +250,7 @@ def objective(args, images, targets, logits, features, teachers):
 
 
 def second_net(run, teachers):
-    """A student from scratch; or the first teacher, all of which learns (finetune), or a new classifier."""
+    """A student from scratch; or a copy of the first teacher: all of it learns, or (crt) a new classifier."""
     args = run.args
     if args.second_stage in FROM_TEACHER:
         model = copy.deepcopy(teachers[0]).requires_grad_(args.second_stage == "finetune")
@@ -368,7 +369,7 @@ def main(args):
                 run.add(name, assess(run, teacher))
                 teachers.append(teacher.eval().requires_grad_(False))
         if args.only_teacher is None:
-            if len(teachers) > 1:  # section 4.3: the average output; NCM on V_hat
+            if len(teachers) > 1:  # section 4.3: the average output (as [G]: of logits); NCM on V_hat
                 run.add(f"teacher ensemble, K={len(teachers)}", assess(run, teachers))
             name, student = train_student(run, teachers, kinds)
             run.add(name, assess(run, student))

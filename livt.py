@@ -1,9 +1,9 @@
 """Learning Imbalanced Data with Vision Transformers (LiVT)
 Xu, Liu, Yang, Chai, Yuan. CVPR 2023, https://arxiv.org/abs/2212.02015
 
-Stage one (MGP) pre-trains a ViT as a masked autoencoder on the long-tailed images, without labels, whose
-imbalance so cannot reach the features. Stage two (BFT) fine-tunes it by the balanced binary cross-entropy,
-whose logits are shifted by each class's log odds, log pi_c / (1 - pi_c).
+Stage one (MGP) pre-trains a ViT as a masked autoencoder on the long-tailed images, without their labels,
+whose bias to the head it so does not learn. Stage two (BFT) fine-tunes it by the balanced binary
+cross-entropy, whose logits are shifted by each class's log odds, log(pi_c / (1 - pi_c)).
 
     python livt.py                                                    # embedded images, 3 minutes on 2 cores
     python livt.py --dataset cifar100_lt --loss balanced-bce bce ce balanced-ce
@@ -169,7 +169,7 @@ def bayes_decode(logits, class_counts, tau=1.0):
 
     At the population optimum with hard targets sigmoid(z_c + tau b_c) is p(c | x) under the training prior,
     so the score is log p(x | c) minus log p(x), exactly. logits: [N, C]; class_counts: [C]. Returns [N, C].
-    Raises ValueError.
+    Raises ValueError. Ours: the paper takes the largest z_c.
     """
     counts = torch.as_tensor(class_counts, device=logits.device).double()
     if logits.ndim != 2 or counts.shape != logits.shape[1:] or not tau >= 0:
@@ -188,7 +188,7 @@ def second_decoding(loss, logits, class_counts, tau=1.0):
     the net was trained by. logits: [N, C]; class_counts: [C]. Returns [N, C]. Raises ValueError."""
     if loss.endswith("bce"):
         return bayes_decode(logits, class_counts, tau if loss == "balanced-bce" else 0.0)
-
+    # a cross-entropy's z + tau log pi is log p(c | x) but for a constant; less log pi, as above
     counts = torch.as_tensor(class_counts, device=logits.device).double()
     return logits.double() + ((tau if loss == "balanced-ce" else 0.0) - 1) * (counts / counts.sum()).log()
 
@@ -247,9 +247,9 @@ def parameter_groups(model, weight_decay, scale_of):
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = weight_decay if parameter.ndim == 2 else 0.0  # tokens and positions are [1, L, D]
-            group = {"scale": scale_of(name), "weight_decay": decay, "params": []}
-            groups.setdefault((group["scale"], decay), group)["params"].append(parameter)
+            scale, decay = scale_of(name), weight_decay if parameter.ndim == 2 else 0.0  # tokens: [1, L, D]
+            group = groups.setdefault((scale, decay), {"scale": scale, "weight_decay": decay, "params": []})
+            group["params"].append(parameter)
     return list(groups.values())
 
 
@@ -274,7 +274,7 @@ def pretrain(run, sizes):
                                               device=run.device)
             with run.autocast():  # paper: fp16 / here: bf16, which needs no scaler
                 predictions, pixels = forward(images, keep, restore)
-                loss = share * F.mse_loss(predictions.float(), pixels)  # over the masked patches
+                loss = share * F.mse_loss(predictions.float(), pixels)  # line 6, over masked patches
             loss.backward()
             epoch.track(loss=loss)
             if ends_step:
@@ -284,7 +284,7 @@ def pretrain(run, sizes):
                 optimizer.step()
                 optimizer.zero_grad()
 
-    run.add("mgp", dict.fromkeys(NOT_CLASSIFYING))
+    run.add("mgp", dict.fromkeys(NOT_CLASSIFYING))  # no classifier, no scores
     return {name: value.cpu() for name, value in mae.encoder.state_dict().items()}
 
 
@@ -297,7 +297,7 @@ def finetune(run, sizes, encoder, loss_name, file):
     tau = args.tau if loss_name.startswith("balanced") else 0.0
     strong = args.augment == "strong"
     augmentation = "strong" if strong else "standard" if args.image_size <= 64 else "resized"
-    mix = mixup_cutmix(C, *((args.mixup, args.cutmix) if strong else (0, 0)))
+    mix = mixup_cutmix(C, args.mixup if strong else 0, args.cutmix if strong else 0)
 
     torch.manual_seed(run.seed("bft", "initialisation"))
     model = run.place(pretrained_vit(sizes, C, args.drop_path, encoder))
@@ -309,8 +309,8 @@ def finetune(run, sizes, encoder, loss_name, file):
     # paper: beta2 .99 / here: .999, as in three of [G]'s four runs
     optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), fused=run.device.type != "mps")
 
-    # paper: [G] drops an epoch's last, partial batch / here: trained on; the stage's name is its seeds' key
-    name = loss_name + ", from scratch" * args.from_scratch
+    # paper: an epoch's last, partial batch is open, [G] drops it / here: trained on
+    name = loss_name + ", from scratch" * args.from_scratch  # the key of the stage's seeds, too
     for epoch in run.epochs(name, file, model, optimizer, args.epochs, augmentation, loss=loss_name,
                             tau=args.tau):
         model.train()
