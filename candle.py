@@ -44,13 +44,13 @@ PAPER = dict(  # section 4, A.5; 3.4: resolutions; calibration, evaluate_every, 
 CIFAR = dict(PAPER, augmentation="resized")  # random resized crops, as [D] has for CIFAR too
 # Table 2: one resolution. paper: an EfficientNet that knows ImageNet-21K / here: ImageNet-1K alone
 LARGE = dict(PAPER, teacher="efficientnet_v2_m", resolutions=[224], evaluate_every=5)
+FASHION = dict(  # all ours
+    PAPER, arch="reactnet_18", student_width=0.25, student_resolution=32, teacher="resnet14", epochs=15,
+    teacher_weights="embedded", resolutions=[16, 32, 48], calibration_epochs=5, batch_size=32,
+    evaluate_every=5, quick=dict(epochs=5, calibration_epochs=2), smoothing=[0.1, 0], head_median=[0.3, 0.7])
 RECIPES = {
     # smoothing: MiSLAS's by imbalance factor, or [D]'s; head_median: where these end (Table 8; [D])
-    "fashion_lt": dict(  # all ours
-        PAPER, arch="reactnet_18", student_width=0.25, student_resolution=32, teacher="resnet14", epochs=15,
-        teacher_weights="embedded", resolutions=[16, 32, 48], calibration_epochs=5, batch_size=32,
-        evaluate_every=5, quick=dict(epochs=5, calibration_epochs=2),
-        smoothing=[0.1, 0], head_median=[0.3, 0.7]),
+    "fashion_lt": FASHION, "small": dict(FASHION, image_size=48, epochs=8),  # own images; e_T never saw such
     "cifar10_lt": dict(CIFAR, smoothing={10: [0.1, 0], 50: [0.2, 0], 100: [0.3, 0]}, head_median=[0.3, 0.7]),
     "cifar100_lt": dict(CIFAR, smoothing={10: [0.2, 0], 50: [0.3, 0], 100: [0.4, 0.1]},
                         head_median=[36 / 100, 71 / 100]),
