@@ -341,7 +341,8 @@ def test_recipes_are_the_paper_s_where_it_says_so_and_flags_win(tmp_path):
     assert settings("--dataset", "places_lt", "--tau", "1").tau == 1
     assert settings("--dataset", "cifar100_lt").patch_size == 4
     small = settings("--dataset", tiny_npz(tmp_path / "own.npz"))
-    assert (small.recipe, small.image_size // small.patch_size) == ("small", 4)
+    sizes = livt.net_sizes(small)
+    assert (small.recipe, sizes["image_size"] // sizes["patch_size"]) == ("small", 4)
     assert settings("--dataset", "cifar100_lt", "--quick", "--epochs", "3").epochs == 3
 
 
