@@ -1,4 +1,5 @@
 """Two ranks give one process's numbers, end together, and leave a checkpoint when they are told to stop."""
+import contextlib
 import json
 import os
 import signal
@@ -81,8 +82,9 @@ def agent(tmp_path, monkeypatch):
             cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     wait_for(lambda: (tmp_path / "run" / "last.pt").exists() or process.poll() is not None)
     yield process, children(process.pid), tmp_path
-    for pid in (process.pid, *children(process.pid)):
-        os.kill(pid, signal.SIGKILL)
+    for pid in (*children(process.pid), process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
