@@ -31,10 +31,10 @@ def test_two_ranks_give_one_process_losses_weights_and_scores(tmp_path, method, 
     assert [ended(process) for process in (one, *two)] == [0, 0, 0], (tmp_path / "err").read_text()
     for a, b in zip(log_rows(tmp_path / "one"), log_rows(tmp_path / "two"), strict=True):
         assert (a["stage"], a["epoch"]) == (b["stage"], b["epoch"])
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a.get("per_class_accuracy") == b.get("per_class_accuracy")
     a, b = (weights(tmp_path / name / NETS[method]) for name in ("one", "two"))
-    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+    assert all(torch.allclose(a[name], b[name], atol=2e-4) for name in a)
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
     for a, b in zip(*(result["stages"] for result in results), strict=True):
         assert a["all"] == b["all"] and a.get("ncm") == pytest.approx(b.get("ncm"))
