@@ -151,8 +151,8 @@ class Parser(argparse.ArgumentParser):
         if name.startswith("small") and n:  # as many steps as 2,500 images would take
             settings.update({key: math.ceil(value * max(1, 2500 / n)) for key, value in settings.items()
                              if key.endswith("epochs")})
-        if name == "small" and (side or 32) <= 40:
-            settings["image_size"] = 32
+        if name == "small" and side and side <= 40:
+            settings["image_size"] = side if side % 4 == 0 else 32  # a ViT cuts it into 4 x 4 patches
         self.set_defaults(**settings, recipe=name, recipe_why=why)
         return super().parse_args(argv)
 
@@ -161,7 +161,7 @@ def choose_recipe(named, dataset, side, num_images, recipes):
     """A recipe's name, and what chose it: --recipe; the data set; or of other sets their images' side in
     pixels and their number (None: not known). `small` is for sets on which a paper's schedule would be a few
     steps of large batches: fewer than 5,000 images, or 20,000 above 64 pixels. It shows them at 64 pixels, or
-    at 32 where they have no more than 40."""
+    up to 40 as they are."""
     if named:
         return named, "--recipe"
     if dataset in recipes:
