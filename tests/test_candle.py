@@ -38,9 +38,9 @@ def tiny_flags(folder):
         tiny_npz(folder / "tiny.npz", size=16)
         torch.manual_seed(0)
         torch.save(CifarResNet(14).state_dict(), folder / "teacher14.pt")
-    return ["--dataset", str(folder / "tiny.npz"), "--device", "cpu", "--no-amp", "--arch", "reactnet_18",
-            "--student-width", "0.0625", "--teacher", "resnet14", "--teacher-weights",
-            str(folder / "teacher14.pt"), "--student-resolution", "16", "--resolutions", "8", "16", "24",
+    return ["--dataset", str(folder / "tiny.npz"), "--recipe", "cifar100_lt", "--device", "cpu", "--no-amp",
+            "--arch", "reactnet_18", "--student-width", "0.0625", "--teacher", "resnet14",
+            "--teacher-weights", str(folder / "teacher14.pt"), "--student-resolution", "16", "--resolutions", "8", "16", "24",
             "--batch-size", "32", "--epochs", "2", "--calibration-epochs", "2", "--evaluate-every", "1"]
 
 
