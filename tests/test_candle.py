@@ -40,8 +40,8 @@ def tiny_flags(folder):
         torch.save(CifarResNet(14).state_dict(), folder / "teacher14.pt")
     return ["--dataset", str(folder / "tiny.npz"), "--recipe", "cifar100_lt", "--device", "cpu", "--no-amp",
             "--arch", "reactnet_18", "--student-width", "0.0625", "--teacher", "resnet14",
-            "--teacher-weights", str(folder / "teacher14.pt"), "--student-resolution", "16", "--resolutions", "8", "16", "24",
-            "--batch-size", "32", "--epochs", "2", "--calibration-epochs", "2", "--evaluate-every", "1"]
+            "--teacher-weights", str(folder / "teacher14.pt"), "--student-resolution", "16",
+            "--resolutions", "8", "16", "24", "--batch-size", "32", "--epochs", "2", "--calibration-epochs", "2", "--evaluate-every", "1"]
 
 
 def run(folder, *flags, name="run"):
@@ -294,7 +294,8 @@ def step(teacher, parts, row, *flags, images=None, targets=None):
     """`objective` on six images of 16 pixels: the losses that are added, and the terms that are logged."""
     args = settings(*flags, "--student-resolution", "16", "--resolutions", "8", "16", "24")
     run = SimpleNamespace(args=args, class_counts=torch.tensor(COUNTS), device=torch.device("cpu"))
-    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(3)) if images is None else images
+    if images is None:
+        images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     targets = torch.arange(6) % 5 if targets is None else targets
     return candle.objective(run, parts, teacher, images, targets, row)
 
@@ -325,7 +326,8 @@ def test_one_backward_pass_gives_equation_4_s_three_gradients(classifier):
     logits = student.classifier(student_map.mean((2, 3)))
     l_kl = candle.distillation_kl(logits, teacher_logits, reduction="batchmean")
     l_fs = candle.feature_similarity_loss(student_map, teacher_map)
-    assert terms["kl"].item() == pytest.approx(l_kl.item()) and terms["fs"].item() == pytest.approx(l_fs.item())
+    assert terms["kl"].item() == pytest.approx(l_kl.item())
+    assert terms["fs"].item() == pytest.approx(l_fs.item())
     lam = balance(l_kl, l_fs)
     players = [(student.net, (1 - lam.item()) * l_kl + lam.item() * l_fs), (student.classifier, l_kl),
                (balance, -((1 - lam) * l_kl.item() + lam * l_fs.item()))]
@@ -343,7 +345,7 @@ def test_one_backward_pass_gives_equation_4_s_three_gradients(classifier):
 def test_each_of_the_three_losses_moves_one_player_alone():
     teacher, parts = make_teacher().eval().requires_grad_(False), parts_of(balance=True)
     student, _, balance = parts
-    groups = [list(student.net.parameters()), list(balance.parameters()), list(student.classifier.parameters())]
+    groups = [list(module.parameters()) for module in (student.net, balance, student.classifier)]
     losses, _ = step(teacher, parts, "learned")
     for own, loss in enumerate(losses):
         for number, group in enumerate(groups):
@@ -380,7 +382,8 @@ def test_a_fixed_balance_of_a_half_is_equation_1_for_encoder_and_classifier_alik
 
 def test_balanced_softmax_is_cross_entropy_of_logits_with_the_log_of_the_counts():
     parts, images, targets = parts_of(), torch.rand(6, 3, 16, 16), torch.tensor([4, 0, 1, 1, 3, 2])
-    (loss,), _ = step(None, parts, "labels", "--from-scratch", "balanced-softmax", images=images, targets=targets)
+    (loss,), _ = step(None, parts, "labels", "--from-scratch", "balanced-softmax", images=images,
+                      targets=targets)
     logits, counts = parts[0](images)[0].double(), torch.tensor(COUNTS).double()
     weighted = counts * logits.exp()  # Ren et al. (NeurIPS 2020), Eq. (4)
     p = (weighted / weighted.sum(1, keepdim=True))[torch.arange(6), targets]
@@ -396,7 +399,8 @@ def test_direct_multi_resolution_pools_the_student_s_features_of_all_sizes():
     kl = functools.partial(candle.distillation_kl, reduction="batchmean")
     expected = kl(student.classifier(features), teacher(images)[0])
     assert terms["kl"].item() == pytest.approx(expected.item(), rel=1e-4)
-    assert abs(terms["kl"].item() - kl(student(images)[0], teacher(images)[0]).item()) > 1e-7  # or nothing is seen
+    alone = kl(student(images)[0], teacher(images)[0]).item()
+    assert abs(terms["kl"].item() - alone) > 1e-7  # or nothing is seen
 
 
 def gradient_ratio(num_classes, reduction):
@@ -405,12 +409,14 @@ def gradient_ratio(num_classes, reduction):
     teacher = make_teacher(num_classes=num_classes).eval().requires_grad_(False)
     student, images = make_student(num_classes=num_classes).train(), torch.rand(32, 3, 16, 16)
     logits, _, teacher_map = teacher.outputs(images)
-    teacher_logits = 30.0 * F.one_hot(torch.arange(32) % num_classes, num_classes)  # sure, as trained ones are
+    teacher_logits = 30.0 * F.one_hot(torch.arange(32) % num_classes, num_classes)  # sure, as trained ones
     student_map = student.encode(images)
-    kl = candle.distillation_kl(student.classifier(student_map.mean((2, 3))), teacher_logits, reduction=reduction)
+    logits = student.classifier(student_map.mean((2, 3)))
+    kl = candle.distillation_kl(logits, teacher_logits, reduction=reduction)
     fs = candle.feature_similarity_loss(student_map, teacher_map)
-    norms = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(student.net.parameters()),
-                                                                retain_graph=True)]).norm() for loss in (kl, fs)]
+    weights_of = list(student.net.parameters())
+    gradients = [torch.autograd.grad(loss, weights_of, retain_graph=True) for loss in (kl, fs)]
+    norms = [torch.cat([g.flatten() for g in own]).norm() for own in gradients]
     return (norms[0] / norms[1]).item()
 
 
@@ -446,7 +452,8 @@ def test_a_run_is_baseline_then_calibration_then_distillation_and_writes_what_it
         assert terms[number // 2] <= set(line)
     assert lines[0]["lambda"] == 0.5
     for line in lines[4:]:  # Figure 6: a value a step, four here
-        assert len(line["lambdas"]) == 4 and np.mean(line["lambdas"]) == pytest.approx(line["lambda"], abs=1e-4)
+        assert len(line["lambdas"]) == 4
+        assert np.mean(line["lambdas"]) == pytest.approx(line["lambda"], abs=1e-4)
     gains = [ours - base for ours, base in zip(saved["per_class_accuracy"],
                                                saved["stages"][0]["per_class_accuracy"])]
     assert saved["gain_over_baseline"] == gains
@@ -481,7 +488,8 @@ def test_calibration_trains_module_classifier_and_factors_and_leaves_the_encoder
 
 
 def test_an_ablation_has_the_four_rows_of_table_3(full):
-    result = run(full.folder.parent, "--ablation", "--epochs", "1", "--calibration-epochs", "1", name="ablation")
+    result = run(full.folder.parent, "--ablation", "--epochs", "1", "--calibration-epochs", "1",
+                 name="ablation")
     assert [stage["name"] for stage in result["stages"]] == [
         "baseline", "teacher, 16", "calibrate & distill", "learned balance", "teacher, 8 16 24", "candle"]
     files = {path.name for path in (full.folder.parent / "ablation").glob("*.pt")}
@@ -492,7 +500,8 @@ def test_an_ablation_has_the_four_rows_of_table_3(full):
 
 
 def test_all_rows_start_from_one_student_and_single_maps_have_a_connector():
-    args = settings("--student-resolution", "16", "--resolutions", "8", "16", "24", "--student-width", "0.0625")
+    args = settings("--student-resolution", "16", "--resolutions", "8", "16", "24", "--student-width",
+                    "0.0625")
     run = SimpleNamespace(args=args, data=SimpleNamespace(num_classes=5), seed=lambda *parts: 7,
                           place=lambda module: module)
     single, several = make_teacher([16]), make_teacher()
@@ -549,7 +558,8 @@ def test_lambda_goes_as_far_in_a_long_run_as_in_a_short_one(full):
     for epochs in ("1", "3"):
         run(full.folder.parent, "--no-baseline", "--calibration-epochs", "1", "--epochs", epochs, "--lr", "0",
             "--balance-optimizer", "sgd", "--balance-lr", "100", name=f"lambda {epochs}")
-        lambdas = [line["lambdas"] for line in log_of(full.folder.parent / f"lambda {epochs}") if "lambdas" in line]
+        lines = log_of(full.folder.parent / f"lambda {epochs}")
+        lambdas = [line["lambdas"] for line in lines if "lambdas" in line]
         ends.append([lambdas[0][0], lambdas[-1][-1]])
     assert ends[0][0] == ends[1][0] and abs(ends[0][1] - ends[0][0]) > 0.02
     assert ends[1][1] - ends[1][0] == pytest.approx(ends[0][1] - ends[0][0], rel=0.35)
@@ -626,8 +636,8 @@ def test_classes_are_matched_by_name_in_teachers_and_students(full, tmp_path):
     np.savez(tmp_path / "moved.npz", **{**arrays, "class_names": names[order]})
     for file, stage in zip(FILES, full.result["stages"]):
         result = candle.main(candle.parse_args([
-            "--dataset", str(tmp_path / "moved.npz"), "--evaluate", str(full.folder / file), "--device", "cpu",
-            "--no-amp"]))
+            "--dataset", str(tmp_path / "moved.npz"), "--evaluate", str(full.folder / file), "--device",
+            "cpu", "--no-amp"]))
         assert result["all"] == stage["all"]
         assert result["per_class_accuracy"] == [stage["per_class_accuracy"][c] for c in order]
 
@@ -647,8 +657,9 @@ def test_weights_load_strictly_and_only_what_candle_saved(full, tmp_path):
 
 # ---------------------------------------------------------------- resuming
 
-@pytest.mark.parametrize("place", [3, 8 + 6, 16 + 4])  # steps, 4 an epoch: in the baseline, in stage A, at the end
-def test_a_run_stopped_in_the_middle_of_any_stage_ends_with_the_same_weights(full, monkeypatch, place):  # of one of B
+# steps, 4 an epoch: in the baseline, in stage A, at the end of an epoch of stage B
+@pytest.mark.parametrize("place", [3, 8 + 6, 16 + 4])
+def test_a_run_stopped_in_the_middle_of_any_stage_ends_with_the_same_weights(full, monkeypatch, place):
     steps, wanted = [], Stop.wanted
 
     def stops(self):
@@ -779,7 +790,8 @@ def test_bad_input_is_one_error_line_and_writes_nothing(tmp_path, capsys, flags,
     assert words in refused(capsys, tmp_path, *flags)
 
 
-@pytest.mark.parametrize("content", [None, [], {}, {"state_dict": {}}, {"conv1.weight": torch.zeros(16, 3, 3, 3)}])
+@pytest.mark.parametrize("content", [None, [], {}, {"state_dict": {}},
+                                     {"conv1.weight": torch.zeros(16, 3, 3, 3)}])
 def test_a_malformed_teacher_file_is_one_line_and_no_random_teacher(tmp_path, capsys, content):
     torch.save(content, tmp_path / "bad.pt")
     error = refused(capsys, tmp_path, "--teacher-weights", str(tmp_path / "bad.pt"))
