@@ -41,7 +41,8 @@ def tiny_flags(folder):
     return ["--dataset", str(folder / "tiny.npz"), "--recipe", "cifar100_lt", "--device", "cpu", "--no-amp",
             "--arch", "reactnet_18", "--student-width", "0.0625", "--teacher", "resnet14",
             "--teacher-weights", str(folder / "teacher14.pt"), "--student-resolution", "16",
-            "--resolutions", "8", "16", "24", "--batch-size", "32", "--epochs", "2", "--calibration-epochs", "2", "--evaluate-every", "1"]
+            "--resolutions", "8", "16", "24", "--batch-size", "32", "--epochs", "2",
+            "--calibration-epochs", "2", "--evaluate-every", "1"]
 
 
 def run(folder, *flags, name="run"):
