@@ -300,10 +300,13 @@ def test_margin_loss_by_hand(k, margin, expected):
     assert slow_margin(HAND, torch.tensor([0, 1, 2]), [0, 1], margin, k) == pytest.approx(expected, abs=1e-6)
 
 
-def test_margin_loss_is_zero_where_the_margin_is_kept():
-    # an old class nearer than one's own does not count: that is what cross-entropy is for
-    cosines = torch.tensor([[0.9, 0.95, 0.39, 0.3], [0.1, 0.4, -0.2, -0.9]], requires_grad=True)
-    loss = async_lt.margin_loss(cosines, torch.tensor([0, 1]), num_old=2)
+@pytest.mark.parametrize("cosines, targets", [
+    # the margin is kept; an old class nearer than one's own does not count: that is what cross-entropy is for
+    ([[0.9, 0.95, 0.39, 0.3], [0.1, 0.4, -0.2, -0.9]], [0, 1]),
+    (HAND.tolist(), [2, 3, 4])])  # no old samples
+def test_margin_loss_is_zero_and_so_is_its_gradient(cosines, targets):
+    cosines = torch.tensor(cosines, requires_grad=True)
+    loss = async_lt.margin_loss(cosines, torch.tensor(targets), num_old=2)
     loss.backward()
     assert loss == 0 and (cosines.grad == 0).all()
 
@@ -317,13 +320,6 @@ def test_margin_loss_is_blind_to_phase_two_samples():
     changed = HAND.clone()
     changed[2] = torch.tensor([-1.0, 1.0, 1.0, -1.0, 0.3])
     assert async_lt.margin_loss(changed, targets, num_old=2) == loss
-
-
-def test_margin_loss_of_a_batch_without_old_samples_is_zero_and_so_is_its_gradient():
-    cosines = HAND.clone().requires_grad_()
-    loss = async_lt.margin_loss(cosines, torch.tensor([2, 3, 4]), num_old=2)
-    loss.backward()
-    assert loss == 0 and (cosines.grad == 0).all()
 
 
 @pytest.mark.parametrize("call", [
@@ -715,22 +711,13 @@ refused = functools.partial(one_error, run)
     (["--plain", "--phase-one-checkpoint", "phase_one.pt"], "leave out --phase-one-checkpoint"),
     (["--no-retentive", "--graph-similarity", "self"], "leave out --no-retentive"),
     (["--evaluate", "a.pt", "--phase-one-checkpoint", "phase_one.pt"], "leave out --phase-one-checkpoint"),
-    (["--phase-one-checkpoint", "nowhere.pt"], "no such checkpoint: nowhere.pt"),
     (["--arch", "resnet18", "--pretrained"], "no ImageNet weights"),
 ])
 def test_bad_input_is_one_error_line_and_writes_nothing(tmp_path, capsys, flags, words):
     assert words in refused(capsys, tmp_path, *flags)
 
 
-@pytest.mark.parametrize("counts, words", [((50, 30, 20), "3 of the 3 classes"),
-                                           ((19, 9), "0 of the 2 classes")])
-def test_where_the_rule_leaves_a_phase_without_classes_the_flag_is_asked_for(tmp_path, capsys, counts, words):
-    tiny_npz(tmp_path / "tiny.npz", counts)
-    error = refused(capsys, tmp_path)
-    assert words in error and "choose --phase-one-classes" in error
-
-
-def test_a_checkpoint_of_another_split_architecture_data_set_or_method_is_refused(short, tmp_path, capsys):
+def test_a_checkpoint_of_another_split_or_architecture_is_refused(short, tmp_path, capsys):
     checkpoint = ("--phase-one-checkpoint", str(short / "run" / "phase_one.pt"))
     assert "trained on other classes than the 3" in refused(
         capsys, tmp_path, *checkpoint, "--phase-one-classes", "3")
@@ -739,15 +726,9 @@ def test_a_checkpoint_of_another_split_architecture_data_set_or_method_is_refuse
     assert "a resnet14, not a resnet20" in refused(capsys, tmp_path, *checkpoint, "--arch", "resnet20")
     other = tiny_npz(tmp_path / "other.npz", (60, 8, 30, 3, 12))  # as many classes; 0 and 2 are the largest
     assert "trained on other classes than the 2" in refused(capsys, tmp_path, *checkpoint, "--dataset", other)
-    fewer = tiny_npz(tmp_path / "fewer.npz", (60, 8, 30, 3))
-    assert "knows 5 classes" in refused(capsys, tmp_path, *checkpoint, "--dataset", fewer)
-    torch.save({"method": "cbd"}, tmp_path / "cbd.pt")
-    assert "is not a net that async_lt.py saved" in refused(
-        capsys, tmp_path, "--phase-one-checkpoint", str(tmp_path / "cbd.pt"))
 
 
-def test_classes_are_matched_by_name_where_their_ids_are_others(tmp_path):
-    """A phase-one net and a final one, on the same images with ids in another order."""
+def test_a_phase_one_net_meets_classes_of_other_ids_by_their_names(tmp_path):
     tiny_npz(tmp_path / "tiny.npz")
     arrays, there = dict(np.load(tmp_path / "tiny.npz")), np.array([3, 0, 4, 2, 1])  # id there of each class
     names = np.array(["ant", "bee", "cat", "dog", "eel"])
@@ -756,9 +737,6 @@ def test_classes_are_matched_by_name_where_their_ids_are_others(tmp_path):
     np.savez(tmp_path / "other.npz", **arrays, class_names=names[there.argsort()])
     other = ("--dataset", str(tmp_path / "other.npz"))
     here = run(tmp_path, *SHORT, "--no-plain")
-
-    evaluated = run(tmp_path, *other, "--evaluate", str(tmp_path / "run" / "model.pt"))
-    assert [evaluated["per_class_accuracy"][there[c]] for c in range(5)] == here["per_class_accuracy"]
     phase_one = str(tmp_path / "run" / "phase_one.pt")
     later = run(tmp_path, *other, *SHORT, "--no-plain", "--phase-one-checkpoint", phase_one, name="later")
     before, after = (result["stages"][0]["per_class_accuracy"] for result in (here, later))

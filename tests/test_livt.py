@@ -14,7 +14,7 @@ from common.augment import normalise
 from common.data import load
 from common.evaluate import scores
 from common.vit import MAE, VIT_SIZES, ViT
-from tests.tiny import one_error, same_weights, tiny_npz, weights
+from tests.tiny import log_rows, one_error, same_weights, tiny_npz, weights
 
 COUNTS = torch.tensor([500, 120, 30, 9])
 NET = ("--image-size", "8", "--patch-size", "2", "--width", "16", "--depth", "2", "--heads", "2",
@@ -152,12 +152,9 @@ def test_rare_and_dominant_classes_stay_finite_also_from_bf16():
 @pytest.mark.parametrize("loss, counts", [
     (livt.balanced_bce_loss, [5, 0, 3, 1]), (livt.balanced_bce_loss, [0, 0, 0, 9]),
     (livt.balanced_ce_loss, [5, 0, 3, 1]), (livt.balanced_bce_loss, [5, 3]), (livt.balanced_ce_loss, [5, 3])])
-def test_classes_without_images_or_with_all_are_refused(loss, counts):
+def test_classes_without_images_or_with_all_and_one_class_alone_are_refused(loss, counts):
     with pytest.raises(ValueError):
         loss(torch.zeros(2, 4), torch.tensor([0, 1]), torch.tensor(counts))
-
-
-def test_one_class_alone_is_refused():
     with pytest.raises(ValueError, match="two classes"):
         livt.balanced_bce_loss(torch.zeros(2, 1), torch.tensor([0, 0]), torch.tensor([7]))
     with pytest.raises(ValueError, match="two classes"):
@@ -201,7 +198,7 @@ def fit(loss):
                                        x[:, 1] ** 2, x[:, 0] * x[:, 1]], 1)
     x, y = gaussian_samples(TRAIN_COUNTS, 0)
     features, weight = quadratic(x), torch.zeros(6, 5, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=300, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight], max_iter=60, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -355,27 +352,16 @@ def full(tmp_path_factory):
     return folder, result
 
 
-def test_one_run_trains_every_loss_from_one_pre_training_and_writes_what_it_promises(full):
+def test_one_run_trains_every_loss_from_one_pre_training(full):
     folder, result = full
-    assert sorted(path.name for path in (folder / "run").iterdir()) == sorted(
-        ["mgp.pt", "model.pt", "model_bce.pt", "model_ce.pt", "model_balanced-ce.pt", "last.pt", "log.jsonl",
-         "result.json"])
-    saved = json.loads((folder / "run" / "result.json").read_text())
-    assert saved == json.loads(json.dumps(result))
-    names = [stage["name"] for stage in saved["stages"]]
-    assert names == ["mgp", *(name for loss in ("balanced-ce", "ce", "bce", "balanced-bce")
-                              for name in (f"{loss}, Bayes decoding", loss))]
-    for key in ("method", "dataset", "seed", "all", "many", "medium", "few", "ece", "mce", "best_all",
-                "group_sizes", "class_counts", "per_class_accuracy", "seconds", "images_per_second", "args",
-                "versions"):
-        assert key in saved, key
-    assert saved["all"] == saved["stages"][-1]["all"] and saved["class_counts"] == list(CLASS_COUNTS)
-    assert saved["stages"][0]["all"] is None and saved["stages"][0]["loss"] > 0
-    lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-    assert {"argv", "versions", "device", "git_commit"} <= lines[0].keys()
-    assert [(line["stage"], line["epoch"]) for line in lines[1:]] == [
-        (name, epoch + 1) for name in ("mgp", "balanced-ce", "ce", "bce", "balanced-bce")
-        for epoch in range(3)]
+    losses = ["balanced-ce", "ce", "bce", "balanced-bce"]  # the method last
+    assert {path.name for path in (folder / "run").glob("m*.pt")} == {
+        "mgp.pt", "model.pt", "model_bce.pt", "model_ce.pt", "model_balanced-ce.pt"}
+    assert [stage["name"] for stage in result["stages"]] == [
+        "mgp", *(name for loss in losses for name in (f"{loss}, Bayes decoding", loss))]
+    assert result["stages"][0]["all"] is None and result["stages"][0]["loss"] > 0
+    assert [row["stage"] for row in log_rows(folder / "run")] == [
+        name for name in ("mgp", *losses) for _ in range(3)]
 
 
 def test_scores_are_those_of_the_saved_nets_by_both_decodings(full):
@@ -454,7 +440,7 @@ def test_from_scratch_has_no_stage_one(tmp_path):
     assert not (tmp_path / "run" / "mgp.pt").exists()
 
 
-def test_a_larger_image_size_interpolates_the_checkpoint_s_positions(full, tmp_path):
+def test_a_larger_image_size_interpolates_the_checkpoint_s_positions(full, tmp_path, capsys):
     folder, _ = full
     tiny_npz(tmp_path / "tiny.npz", CLASS_COUNTS)
     result = run(tmp_path, "--mgp-checkpoint", str(folder / "run" / "mgp.pt"), "--image-size", "12",
@@ -462,80 +448,23 @@ def test_a_larger_image_size_interpolates_the_checkpoint_s_positions(full, tmp_p
     assert result["all"] is not None
     model, _ = livt.load_model(tmp_path / "run" / "model.pt")
     assert model.positions.shape[1] == 37
+    capsys.readouterr()
     again = livt.main(livt.parse_args(["--dataset", str(tmp_path / "tiny.npz"), *FP32, "--evaluate",
                                        str(tmp_path / "run" / "model.pt")]))
     assert again["all"] == result["all"]  # at the size of the net, not of the recipe
+    assert "Bayes" in capsys.readouterr().out  # the second decoding is shown, too
 
 
-def test_the_first_images_of_each_class_make_a_balanced_training_set(tmp_path):
-    result = run(tmp_path, "--images-per-class", "5", "--from-scratch", "--loss", "ce")
-    assert result["class_counts"] == [5, 5, 5, 5]
-
-
-def test_evaluate_scores_a_saved_net_and_writes_nothing(full, tmp_path, capsys):
-    folder, result = full
-    tiny_npz(tmp_path / "tiny.npz", CLASS_COUNTS)
-    again = run(tmp_path, "--evaluate", str(folder / "run" / "model.pt"), name="none")
-    assert again["per_class_accuracy"] == result["per_class_accuracy"]
-    assert "model.pt, Bayes decoding" in capsys.readouterr().out and not (tmp_path / "none").exists()
-
-
-def test_evaluate_matches_classes_by_name_also_in_the_bayes_decoding(full, tmp_path):
-    folder, _ = full
-    data, order = dict(np.load(folder / "tiny.npz")), np.array([2, 0, 3, 1])  # new id of each old class
-    named = {"names.npz": (data, "abcd"), "moved.npz": (
-        {**data, **{key: order[data[key]] for key in ("y_train", "y_test")}}, "bdac")}
-    saved = torch.load(folder / "run" / "model.pt", weights_only=True)
+def test_class_counts_follow_the_names_of_the_classes(full, tmp_path):
+    saved, order = torch.load(full[0] / "run" / "model.pt", weights_only=True), [2, 0, 3, 1]
     torch.save({**saved, "class_names": list("abcd")}, tmp_path / "model.pt")
-    rows = []
-    for file, (arrays, names) in named.items():
-        np.savez(tmp_path / file, **arrays, class_names=np.array(list(names)))
-        rows.append(livt.main(livt.parse_args(["--dataset", str(tmp_path / file), *FP32, "--evaluate",
-                                               str(tmp_path / "model.pt")])))
-    assert rows[0]["all"] == rows[1]["all"] and rows[0]["ece"] == pytest.approx(rows[1]["ece"])
-    assert [rows[1]["per_class_accuracy"][i] for i in order] == rows[0]["per_class_accuracy"]
     moved = livt.load_model(tmp_path / "model.pt", list("bdac"))[1]["class_counts"]
-    assert [moved[i] for i in order] == list(CLASS_COUNTS)
+    assert [moved[i] for i in order] == list(CLASS_COUNTS)  # of the Bayes decoding
 
 
-def test_training_learns_colours(tmp_path):
-    result = run(tmp_path, "--epochs", "40", "--loss", "balanced-bce", "--augment", "plain", "--lr", "0.1")
+def test_training_learns_colours_of_the_first_images_of_each_class(tmp_path):
+    result = run(tmp_path, "--images-per-class", "5", "--epochs", "40", "--loss", "balanced-bce", "--augment", "plain", "--lr", "0.1")
     assert result["all"] > 80
-
-
-def test_a_run_that_is_stopped_behind_every_step_ends_with_the_same_weights(tmp_path):
-    flags = ("--epochs", "1", "--mgp-epochs", "1", "--batch-size", "41")
-    run(tmp_path, *flags, name="whole")
-    stops = 0
-    while not (tmp_path / "cut" / "result.json").exists():
-        try:
-            run(tmp_path, *flags, "--time-limit", "0", "--resume", name="cut")
-        except SystemExit as stopped:
-            assert stopped.code == 0
-            stops += 1
-    assert stops == 3 + 2 + 2  # pre-training in batches of 32, and two losses
-    for file in ("mgp.pt", "model.pt", "model_bce.pt"):
-        assert same_weights(tmp_path / "whole" / file, tmp_path / "cut" / file), file
-    rows = [[{k: v for k, v in json.loads(line).items() if k != "seconds"}
-             for line in (tmp_path / name / "log.jsonl").read_text().splitlines()[1:]]
-            for name in ("whole", "cut")]
-    assert rows[0] == rows[1]
-
-
-def test_pre_training_that_diverges_ends_in_one_error_line(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run(tmp_path, "--stage", "mgp", "--mgp-lr", "1e6")
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith("error: mgp diverged") and error.count("\n") == 1
-    assert not (tmp_path / "run" / "mgp.pt").exists() and not (tmp_path / "run" / "result.json").exists()
-
-
-def test_accumulated_gradients_give_the_large_batch_s_update(tmp_path):
-    flags = ["--from-scratch", "--augment", "plain", "--drop-path", "0", "--loss", "balanced-bce"]
-    run(tmp_path, *flags, name="whole")
-    run(tmp_path, *flags, "--grad-accumulation", "4", name="parts")
-    a, b = weights(tmp_path / "whole" / "model.pt"), weights(tmp_path / "parts" / "model.pt")
-    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
 
 
 # ---------------------------------------------------------------- bad input
@@ -551,15 +480,11 @@ def test_accumulated_gradients_give_the_large_batch_s_update(tmp_path):
     (["--stage", "bft"], "--mgp-checkpoint FILE"), (["--from-scratch", "--stage", "mgp"], "--from-scratch"),
     (["--from-scratch", "--mgp-checkpoint", "x.pt"], "--from-scratch"),
     (["--stage", "mgp", "--mgp-checkpoint", "x.pt"], "--stage mgp"), (["--mgp-checkpoint", ""], "empty"),
-    (["--mgp-checkpoint", "none.pt"], "no such file: none.pt"), (["--loss", "bce", "bce"], "twice"),
+    (["--loss", "bce", "bce"], "twice"),
     (["--images-per-class", "6"], "class 3 has 5"), (["--images-per-class", "0"], "at least 1"),
     (["--image-size", "0"], "--image-size")])
 def test_bad_input_is_one_error_line_and_writes_nothing(tmp_path, capsys, flags, words):
-    with pytest.raises(SystemExit) as stopped:
-        run(tmp_path, *flags)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    assert words in error and not (tmp_path / "run").exists()
+    assert words in one_error(run, capsys, tmp_path, *flags)
 
 
 # ---------------------------------------------------------------- checkpoints of stage one, ours and public
@@ -593,7 +518,6 @@ def test_a_public_encoder_gives_the_net_that_ours_gives(full, tmp_path):
 
 
 @pytest.mark.parametrize("spoil, words", [
-    (lambda state: None, "a NoneType"), (lambda state: list(state.values()), "a list"),
     (lambda state: {k: v for k, v in state.items() if k != "blocks.1.qkv.bias"}, "qkv.bias is missing"),
     (lambda state: {**state, "blocks.1.gamma_1": torch.ones(16)}, "blocks.1.gamma_1"),
     (lambda state: {**state, "patch_embed.bias": torch.ones(17)}, "patch_embed.bias is [17], not [16]"),
@@ -602,7 +526,7 @@ def test_a_spoilt_checkpoint_of_stage_one_is_one_error_line(full, tmp_path, caps
     saved = torch.load(full[0] / "run" / "mgp.pt", weights_only=True)
     torch.save({**saved, "state_dict": spoil(saved["state_dict"])}, tmp_path / "spoilt.pt")
     torch.save(spoil(saved["state_dict"]), tmp_path / "plain.pt")
-    for file in ("plain.pt",) if words.startswith("a ") else ("plain.pt", "spoilt.pt"):
+    for file in ("plain.pt", "spoilt.pt"):
         error = one_error(run, capsys, tmp_path, "--mgp-checkpoint", str(tmp_path / file))
         assert words in error, error
 
