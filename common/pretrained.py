@@ -228,13 +228,20 @@ def encoder_for(data, arch, weights, normalisation, smallest):
 
 def normalisation_of(weights):
     """Mean and deviation of the images that a net learnt from, 6 numbers for pixels in [0, 1]: those that its
-    file holds as "mean" and "std", ImageNet's for "ImageNet-1K"; None where nothing says it."""
+    file holds as "mean" and "std", ImageNet's for "ImageNet-1K"; None where nothing says it. Raises
+    ValueError where the file holds others."""
     if weights == "ImageNet-1K":
         return [0.485, 0.456, 0.406, 0.229, 0.224, 0.225]
     content = _read_torch(weights) if weights and pathlib.Path(weights).suffix != ".safetensors" else None
     if not isinstance(content, dict) or not {"mean", "std"} <= set(content):
         return None
-    return [*map(float, content["mean"]), *map(float, content["std"])]
+    try:
+        numbers = [*map(float, content["mean"]), *map(float, content["std"])]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != 6:
+        raise ValueError(f"{weights}: its mean and std must be 3 numbers each; give --teacher-normalisation")
+    return numbers
 
 
 def renormalise(given, wanted):

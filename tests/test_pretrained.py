@@ -11,8 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.pretrained import (backbone_weights, cifar_resnet_state, load_encoder, read_state_dict, vit_state,
-                               vit_weights)
+from common.pretrained import (backbone_weights, cifar_resnet_state, load_encoder, normalisation_of,
+                               read_state_dict, vit_state, vit_weights)
 from common.resnet import CifarResNet, build_backbone, build_encoder
 from common.vit import MAE, ViT, patchify
 
@@ -246,6 +246,17 @@ def test_a_file_with_torchvision_s_names_is_a_start_and_a_teacher(tmp_path):
                                        rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="net.pth holds a dict of 122 entries .*not a resnet34's"):
         load_encoder("resnet34", path)
+
+
+@pytest.mark.parametrize("mean", [None, "abc", 0.5, [0.5], [0.5, 0.5, 0.5, 0.5], ["a", "b", "c"]])
+def test_a_stored_normalisation_that_is_none_is_refused_by_name(mean, tmp_path):
+    path = tmp_path / "teacher.pth"
+    torch.save({"state_dict": {}, "mean": mean, "std": [0.2, 0.2, 0.2]}, path)
+    with pytest.raises(ValueError, match="teacher.pth: its mean and std must be 3 numbers each"):
+        normalisation_of(path)
+    torch.save({"state_dict": {}, "mean": torch.ones(3), "std": (0.2, 0.25, 0.5)}, path)
+    assert normalisation_of(path) == [1, 1, 1, 0.2, 0.25, 0.5]
+
 
 
 def test_names_that_mean_no_file_pass_and_unknown_encoders_are_refused():
