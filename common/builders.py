@@ -119,7 +119,7 @@ def build_npz(name, path, imb_factor, seed, border=0):
     labels = np.unique(train.targets)
     if labels[0] > 0 or "class_names" not in arrays and labels[-1] >= len(labels):
         raise ValueError(f"{path}: {numbering_advice(labels)}")
-    names = arrays["class_names"].astype(str).tolist() if "class_names" in arrays else \
+    names = list(map(composed, arrays["class_names"].astype(str).tolist())) if "class_names" in arrays else \
         [str(i) for i in range(train.targets.max() + 1)]
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: two classes in class_names have the same name")
@@ -143,8 +143,11 @@ def _fashion_lt(name, data_dir, imb_factor, seed):
 def _scanned(folder, class_names):
     """`ImageFiles` of FOLDER/CLASS/*.jpg; says what else lies there."""
     paths, targets, left_out = scan(folder, class_names)
-    counted = [f"{what}: {len(files)} ({os.path.relpath(files[0], folder)}{', ...' if files[1:] else ''})"
-               for what, files in left_out.items() if files]
+    counted = []
+    for what, files in left_out.items():
+        if files:  # the first few by name
+            names = [os.path.relpath(path, folder) for path in files[:5]]
+            counted.append(f"{what}: {len(files)} ({', '.join(names)}{', ...' if files[5:] else ''})")
     if counted:
         note(f"{folder} holds more than is read: {'; '.join(counted)}")
     return image_files(paths, targets)
@@ -263,7 +266,8 @@ def _size_shown(name, data_dir, train_list=None):
     if side is None:
         raise ValueError(f"none of the image files in {train_list or data_dir} can be decoded")
     shown = side if side <= 64 else 224
-    note(f"images are shown at {shown} pixels: the longer side of those looked at is {side} (median)")
+    note(f"the longer side of the images looked at is {side} (median): they are shown at {shown} pixels, "
+         "where no flag or recipe names another size")
     return shown
 
 
@@ -306,7 +310,7 @@ def build_listed(name, data_dir, imb_factor, seed, train_list=None, test_list=No
 
     C = check_lists(train, [part for part in (val, test) if part], root,
                     None if train_list else PUBLISHED[name]["classes"])
-    class_names = train.class_names or _folder_names(train, C)
+    class_names = list(map(composed, train.class_names or _folder_names(train, C)))
     if len(class_names) != C:
         raise ValueError(f"{train.file} has {C} classes, but names for {len(class_names)}")
 

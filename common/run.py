@@ -186,7 +186,8 @@ class Run:
         precision = "bf16" if args.amp and supports_bf16(self.device) else "fp32"
         say(f"{device_name(args.device)}, {precision}; {data.name}: {len(data.train):,} training images, "
             f"{data.num_classes} classes ({groups})")
-        say(f"settings of the recipe {args.recipe} ({args.recipe_why}); writing {self.folder.path}")
+        say(f"settings of the recipe {args.recipe} ({args.recipe_why}), images shown at "
+            f"{data.image_size} pixels; writing {self.folder.path}")
 
     def __enter__(self):
         self.guard = bad_input(UnreadableImage, LostWorker, Diverged)

@@ -423,8 +423,7 @@ def test_large_images_are_shown_at_224_pixels_and_it_is_said(tmp_path, capsys):
     for name, side, shown in (("a", 65, 224), ("b", 64, 64)):
         root = write_tree(tmp_path / name, {"a": 1, "b": 1}, side=(10, side))
         assert load("folder", root).image_size == shown
-        assert f"shown at {shown} pixels: the longer side of those looked at is {side}" \
-            in capsys.readouterr().out
+        assert f"looked at is {side} (median): they are shown at {shown} pixels" in capsys.readouterr().out
 
 
 def test_bad_folders_are_refused_by_name(tmp_path):

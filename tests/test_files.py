@@ -220,7 +220,7 @@ def test_a_flat_folder_and_a_single_class_are_refused(tmp_path):
 
 
 ODDITIES = {"train/stray.png": "images in no class folder: 1 (stray.png)",
-            "train/ant/._0.png": "hidden files: 2", "train/.thumbnails/0.png": "hidden files: 2",
+            "train/ant/._0.png": "hidden files: 2 (", "train/.thumbnails/0.png": ".thumbnails/0.png",
             "train/ant/notes.txt": "files that are no images: 1 (ant/notes.txt)",
             "train/ant/half.png": "cannot decode", "train/bee/pipe.png": "not a regular file",
             "train/bee/float.tif": "no known range", "train/bee/long.png": "too long",
@@ -265,6 +265,23 @@ def test_two_spellings_of_a_class_name_are_one_class(tmp_path):
     (tmp_path / "b.txt").write_text(f"test/{decomposed}/7.png 1\n")
     listed = load("folder", tmp_path, train_list=tmp_path / "a.txt", test_list=tmp_path / "b.txt")
     assert listed.class_names == data.class_names and listed.class_counts.tolist() == [1, 2]
+
+
+def test_class_names_of_arrays_and_lists_are_composed_too(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "éclair") for form in ("NFC", "NFD"))
+    images, targets = np.zeros((2, 8, 8), np.uint8), np.arange(2)
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=targets, x_test=images, y_test=targets,
+             class_names=np.array(["ant", decomposed]))
+    assert load(tmp_path / "a.npz").class_names == ["ant", composed]
+
+    for part in ("train", "test"):
+        for name in ("ant", "bee"):
+            picture(tmp_path / part / name / "0.png")
+        (tmp_path / f"{part}.txt").write_text(f"{part}/ant/0.png 0\n{part}/bee/0.png 1\n")
+    (tmp_path / "train_classes.txt").write_text(f"ant\n{decomposed}\n", encoding="utf-8")
+    data = load("folder", tmp_path, train_list=tmp_path / "train.txt", test_list=tmp_path / "test.txt")
+    assert data.class_names == ["ant", composed]
+
 
 
 def test_an_unreadable_folder_is_one_line(tmp_path):

@@ -68,11 +68,12 @@ def test_image_files_train_evaluate_and_are_left_out_by_flag_alone(method, tmp_p
     image_folder(tmp_path / "images")
     (tmp_path / "images" / "train" / "b" / "02.png").write_bytes(b"no image")
     flags = ("--dataset", "folder", "--data-dir", str(tmp_path / "images"), "--recipe", "cifar100_lt",
-             "--epochs", "1", "--workers", "0")
+             "--epochs", "1", "--workers", "0", "--image-size", "8")  # of images of 16 pixels
     with pytest.raises(SystemExit) as stop:
         run(method, tmp_path, *flags)
     assert stop.value.code == 2 and "train/b/02.png" in capsys.readouterr().err
     result = run(method, tmp_path, *flags, "--skip-bad-images", name="skips")
+    assert "images shown at 8 pixels" in capsys.readouterr().out
     assert result["class_counts"] == [9, 4, 4]
     saved = torch.load(tmp_path / "skips" / ROWS[method].nets[-1], weights_only=True)
     assert saved["class_names"] == ["a", "b", "c"]
