@@ -18,7 +18,7 @@ from common.data import load, long_tail_counts
 from common.evaluate import gradient_norms, scores
 from common.resnet import CosineClassifier
 from common.run import Epoch, Run
-from tests.tiny import COUNTS, one_error, same_weights, tiny_npz, weights
+from tests.tiny import one_error, same_weights, tiny_npz, weights
 
 OLD, NEW = [1, 3], [0, 2, 4]  # classes of phase one and two of COUNTS
 STAGES = ["plain", "phase one", "two phases"]

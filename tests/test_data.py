@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from common.assets import make
-from common.data import (ASSETS, BUILDERS, CUT, FASHION_ORDER, LISTED, SOURCES, Dataset, Images,
+from common.data import (ASSETS, BUILDERS, CUT, FASHION_ORDER, LISTED, MATLAB, SOURCES, Dataset, Images,
                          cut_to_long_tail, fingerprint, image_side, leave_out_unreadable, load,
                          long_tail_counts, long_tail_indices, main, write_lists)
 
@@ -243,22 +243,6 @@ def test_fashion_mnist_lt_is_cut_in_the_embedded_sets_order(tmp_path, monkeypatc
 OFFLINE = {"cifar10_lt": ("cifar-10-python.tar.gz", "cifar-10-batches-py"),
            "cifar100_lt": ("cifar-100-python.tar.gz", "cifar-100-python"),
            "fashion_mnist_lt": ("ubyte.gz", "FashionMNIST/raw")}
-
-
-@pytest.mark.parametrize("name", OFFLINE)
-def test_without_files_and_network_the_error_says_what_to_put_where(tmp_path, monkeypatch, name):
-    for variable in ("http_proxy", "https_proxy"):  # a closed port refuses at once: no network, for urllib
-        monkeypatch.setenv(variable, "http://127.0.0.1:9")
-    monkeypatch.delenv("no_proxy", raising=False)
-    start = time.monotonic()
-    folder = tmp_path / "data"
-    with pytest.raises(ValueError, match="download") as caught:
-        load(name, folder)
-    assert time.monotonic() - start < 30
-    message = str(caught.value)
-    assert "\n" not in message and str(folder) in message
-    assert all(what in message for what in OFFLINE[name])
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 # ---------------------------------------------------------------- npz
@@ -613,17 +597,24 @@ def test_an_unknown_data_set_is_told_the_known_ones():
     assert {"fashion_lt", "cifar10_lt", "cifar100_lt", "fashion_mnist_lt", "folder"} <= set(BUILDERS)
 
 
-@pytest.mark.parametrize("name", [*LISTED, *CUT])
-def test_an_error_names_where_a_data_set_is_had(name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", [*OFFLINE, *LISTED, *CUT])
+def test_without_files_and_network_one_line_says_what_to_put_where(name, tmp_path, monkeypatch, capsys):
     for variable in ("http_proxy", "https_proxy"):  # a closed port refuses at once: no network, for urllib
         monkeypatch.setenv(variable, "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.setattr("common.builders.find_spec", lambda package: True)
+    start, folder = time.monotonic(), tmp_path / "data"
     with pytest.raises(SystemExit):
-        main([name, "--data-dir", str(tmp_path)])
+        main([name, "--data-dir", str(folder)])
     error = capsys.readouterr().err
+    assert time.monotonic() - start < 30
     assert error.startswith("error: ") and error.rstrip().endswith(f"{name} is had from {SOURCES[name]}")
     assert set(SOURCES) == {*BUILDERS} - {"fashion_lt", "folder"}
+    if name not in MATLAB:
+        assert error.count("\n") == 1 and str(folder) in error
+    words = OFFLINE.get(name, [CUT[name][3]] if name in CUT and name not in MATLAB else [])
+    assert all(what in error for what in words)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("factor", [0.5, -1, float("nan")])

@@ -1,4 +1,4 @@
-"""The papers' data sets of image files: builders, list files, the checker, and scripts on such a tree."""
+"""The papers' data sets of image files: builders, list files, the checker."""
 import json
 import os
 import re
@@ -13,7 +13,7 @@ from PIL import Image
 
 from common import builders, data as rooms
 from common.data import (CUT, LISTED, MATLAB, PUBLISHED, ImageFiles, check, image_side, load,
-                         long_tail_counts, long_tail_indices, main, read_image, read_list)
+                         long_tail_counts, long_tail_indices, main, read_image)
 from common.evaluate import shot_groups
 
 ROOT = Path(__file__).parent.parent
@@ -452,17 +452,6 @@ def test_without_scipy_a_matlab_split_says_so(tmp_path, monkeypatch, name):
     assert load(name, tmp_path, train_list=lists[0], test_list=lists[1]).num_classes == 3
 
 
-@pytest.mark.parametrize("name", [name for name in CUT if name not in MATLAB])
-def test_a_missing_archive_is_named(tmp_path, monkeypatch, name):
-    for variable in ("http_proxy", "https_proxy"):  # a closed port refuses at once: no network, for urllib
-        monkeypatch.setenv(variable, "http://127.0.0.1:9")
-    monkeypatch.delenv("no_proxy", raising=False)
-    with pytest.raises(ValueError) as caught:
-        load(name, tmp_path / "data")
-    archive = CUT[name][3]
-    assert archive in str(caught.value) and str(tmp_path) in str(caught.value)
-
-
 # ---------------------------------------------------------------- what is published
 
 def test_published_numbers_of_the_cut_sets_are_the_rules():
@@ -488,18 +477,21 @@ def test_published_numbers_of_the_fixed_lists_agree_with_one_another():
 
 
 def test_the_readme_s_table_has_the_published_numbers():
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (ROOT / "README.md").read_text()
-            .split("## Data sets")[1].split("\n\nThe numbers")[0].splitlines() if line.startswith("| `")]
-    found = {re.match("`(.*?)`", row[0])[1]: row[3:] for row in rows}
-    assert set(found) == {*PUBLISHED, "FILE.npz", "folder"} == {*rooms.BUILDERS, "FILE.npz"}
-    for name, published in PUBLISHED.items():
-        classes, images, groups = found[name]
-        assert int(classes.replace(",", "")) == published["classes"]
-        sizes = [f"{published[part]:,}" if part in published else "-" if part == "val" else "not published"
-                 for part in ("train", "val", "test")]
-        assert images == (", ".join(sizes) if "test" in published else "not published")
-        assert groups == ", ".join(map(str, published.get("groups", ["not published"])))
-    assert all((name in MATLAB) == row[0].endswith("(scipy)") for name, row in zip(found, rows))
+    table = (ROOT / "README.md").read_text().split("## Data sets")[1].split("\n##")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line[:3] == "| `"]
+    numbers = lambda cell: [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", cell)]
+    known = []
+    for name_cell, _, _, classes, images in rows:
+        names = re.findall("`(.*?)`", name_cell)  # a row may hold several sets
+        known += names
+        published = [PUBLISHED.get(name, {}) for name in names]
+        assert numbers(classes) == [row["classes"] for row in published if row], names
+        sizes = [list(dict.fromkeys(row[part] for row in published if part in row))
+                 for part in ("train", "val", "test")]  # the two CIFARs share their test images
+        assert numbers(images) == sum(sizes, []), names
+        assert ("not published" in images) == any(row and "train" not in row for row in published), names
+    assert sorted(known) == sorted([*PUBLISHED, "FILE.npz", "folder"]) == sorted([*rooms.BUILDERS, "FILE.npz"])
+    assert set(re.findall(r"`(\w+)`\*", table)) == set(MATLAB)  # these need scipy
 
 
 def test_the_embedded_set_has_its_published_numbers(capsys):
@@ -617,94 +609,3 @@ def test_grey_palette_and_cmyk_files_are_read_as_rgb(tmp_path):
     assert read_image(tmp_path / "p.png").mode == "RGB"
     with pytest.raises(ValueError, match="nothing.jpg"):
         read_image(tmp_path / "nothing.jpg")
-
-
-# ---------------------------------------------------------------- scripts on such a tree
-
-SCRIPTS = {"cbd": ["--arch", "resnet10", "--teachers", "1"],
-           # without the losses that look at all of a rank's part of a batch
-           "async_lt": ["--arch", "resnet10", "--phase-one-classes", "2", "--memory-per-class", "3",
-                        "--phase-two-epochs", "1", "--no-retentive", "--no-margin", "--no-plain"],
-           # without what each rank draws for itself
-           "livt": ["--width", "16", "--depth", "2", "--heads", "2", "--patch-size", "56", "--from-scratch",
-                    "--augment", "plain", "--drop-path", "0", "--loss", "balanced-bce"],
-           "candle": ["--arch", "reactnet_18", "--student-width", "0.25", "--student-resolution", "96",
-                      "--resolutions", "96", "--from-scratch"]}
-RUNNER = """
-import importlib, json, sys
-sys.path[:0] = {paths!r}
-import torch
-from run_without_batch_norm import affine_only
-torch.nn.BatchNorm2d.forward = affine_only
-for method, flags in json.loads(sys.argv[1]).items():
-    script = importlib.import_module(method)
-    script.main(script.parse_args(flags))
-"""
-
-
-@pytest.fixture(scope="module")
-def fruits(tmp_path_factory):
-    """A tree of 3, 2 and 2 training images at imbalance factor 1.5, grey, CMYK and RGB; one is cut in half,
-    so that with async_lt's phase two of one class the second of two ranks has no image for the features."""
-    root = tmp_path_factory.mktemp("fruits of mine")
-    folder = write_fruits(root, (4, 3, 2), test=1)
-    halve(folder / "Training" / "fruit 2" / "r 1.jpg")
-    return root
-
-
-def flags_of(method, root, out, *flags):
-    return [*SCRIPTS[method], "--dataset", "fruits360_lt", "--data-dir", str(root), "--imb-factor", "1.5",
-            "--epochs", "1", "--batch-size", "4", "--lr", "0.003", "--no-amp", "--device", "cpu",
-            "--evaluate-every", "1", "--out", str(out), *flags]
-
-
-def test_scripts_give_one_and_two_processes_the_same_numbers(fruits, tmp_path, monkeypatch):
-    from run_without_batch_norm import affine_only
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.BatchNorm2d, "forward", affine_only)
-        for method in SCRIPTS:
-            script = __import__(method)
-            script.main(script.parse_args(flags_of(method, fruits, tmp_path / f"{method} 1", "--workers", "0",
-                                                   "--skip-bad-images")))
-    runner = tmp_path / "runner.py"
-    runner.write_text(RUNNER.format(paths=[str(ROOT), str(ROOT / "tests")]))
-    commands = {method: flags_of(method, fruits, tmp_path / f"{method} 2", "--workers", "1",
-                                 "--skip-bad-images") for method in SCRIPTS}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                           "2", str(runner), json.dumps(commands)], text=True, capture_output=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "note: 1 unreadable image files are left out:\ntrain: cannot decode " in done.stdout
-    for method in SCRIPTS:
-        one, two = (json.loads((tmp_path / f"{method} {n}" / "result.json").read_text()) for n in (1, 2))
-        assert one["class_counts"] == two["class_counts"] == [3, 2, 1]
-        assert [stage["per_class_accuracy"] for stage in one["stages"]] == \
-            [stage["per_class_accuracy"] for stage in two["stages"]]
-        logs = [[json.loads(line) for line in (tmp_path / f"{method} {n}" / "log.jsonl").read_text()
-                 .splitlines()[1:]] for n in (1, 2)]
-        for line, line2 in zip(*logs, strict=True):
-            assert line["stage"] == line2["stage"] and line["loss"] == pytest.approx(line2["loss"], abs=1e-4)
-
-
-def error_of(capsys, method, flags):
-    """The one line that a script ends with, its exit code being 2."""
-    script = __import__(method)
-    with pytest.raises(SystemExit) as caught:
-        script.main(script.parse_args(flags))
-    assert caught.value.code == 2
-    line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
-
-
-@pytest.mark.parametrize("method", SCRIPTS)
-def test_scripts_end_with_2_and_one_line_on_bad_lists(tmp_path, capsys, method):
-    lists = own_lists(tmp_path, TRAIN, [*TEST, ("c/8.jpg", 7)])
-    flags = [*SCRIPTS[method], "--dataset", "imagenet_lt", "--data-dir", str(tmp_path), "--train-list",
-             lists[0], "--test-list"]
-    assert "mine test.txt, line 3: label 7 is out of range" in error_of(capsys, method, [*flags, lists[1]])
-    assert "no such list file: nothing.txt" in error_of(capsys, method, [*flags, "nothing.txt"])
-
-
-def test_a_bad_image_ends_a_run_with_its_path(fruits, tmp_path, capsys):
-    flags = flags_of("livt", fruits, tmp_path / "out", "--workers", "1")
-    assert f"cannot decode {fruits}" in (error := error_of(capsys, "livt", flags)) and "r 1.jpg: " in error

@@ -81,16 +81,6 @@ def test_accuracy_is_that_of_a_slow_loop(class_counts):
                 assert same_score(a, b)
 
 
-def test_groups_average_classes_and_all_averages_images():
-    # Class 0: 8 of 8 images right; class 1: 0 of 2. Both have many training images.
-    found = shot_accuracy([0] * 10, [0] * 8 + [1] * 2, [200, 150, 50])
-    assert found["all"] == pytest.approx(80) and found["many"] == pytest.approx(50)
-    assert found["medium"] is None  # class 2 was not tested: neither 0 nor nan
-    assert found["few"] is None  # no class has few
-    assert found["group_sizes"] == {"many": 2, "medium": 1, "few": 0}
-    assert found["per_class"] == [pytest.approx(100), 0, None]
-
-
 def test_bad_predictions_are_refused():
     for predictions, targets in (([0, 1], [0]), ([], []), ([[0]], [[0]]), ([0], [2]), ([0], [-1])):
         with pytest.raises(ValueError):
@@ -135,19 +125,6 @@ def test_calibration_is_that_of_a_slow_loop(num_classes, bins):
     assert calibration_error(probabilities.float(), targets, bins) == pytest.approx(expected, abs=1e-4)
     if bins == 15:
         assert calibration_error(probabilities, targets) == calibration_error(probabilities, targets, 15)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_confidence_on_a_bin_edge_belongs_to_the_bin_below(dtype):
-    # .8 = 12/15, right, is alone in (11/15, 12/15]; .82, wrong, is alone in (12/15, 13/15].
-    # In one bin with .82 its gap would hide behind the other: |1 - 1.62| / 2 = .31.
-    probabilities = torch.tensor([[0.8, 0.2], [0.82, 0.18]], dtype=dtype)
-    ece, mce = calibration_error(probabilities, torch.tensor([0, 1]))
-    assert ece == pytest.approx(100 * (0.2 + 0.82) / 2, abs=1e-4) and mce == pytest.approx(82, abs=1e-4)
-    # It does share the bin with .75, wrong: |1 - 1.55| / 2
-    probabilities = torch.tensor([[0.8, 0.2], [0.75, 0.25]], dtype=dtype)
-    ece, mce = calibration_error(probabilities, torch.tensor([0, 1]))
-    assert ece == mce == pytest.approx(100 * 0.55 / 2, abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -209,13 +186,6 @@ def test_nearest_class_mean_is_that_of_a_slow_loop(seed):
     found = nearest_class_mean(train, targets, test, 5)
     assert found.tolist() == slow_nearest_class_mean(train.tolist(), targets.tolist(), test.tolist(), 5)
     assert torch.equal(nearest_class_mean(100 * train, targets, 0.01 * test, 5), found)  # cosine: no lengths
-
-
-def test_nearest_class_mean_by_hand():
-    # Class 0's mean of unit features points to 45 degrees, though its long feature lies on the x axis
-    train = torch.tensor([[100.0, 0.0], [0.0, 1.0], [1.0, 0.1]])
-    test = torch.tensor([[1.0, 0.0], [1.0, 0.9]])
-    assert nearest_class_mean(train, torch.tensor([0, 0, 1]), test, 2).tolist() == [1, 0]
 
 
 def test_nearest_class_mean_refuses_what_has_no_mean():

@@ -1,5 +1,4 @@
 """The room common/files.py: pixels of image files, class folders, list files."""
-import json
 import os
 import subprocess
 import sys

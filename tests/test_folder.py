@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from common import folder as room
-from common.folder import atomic_write, damage_of, load_checkpoint, load_last, load_net, open_folder, save_net
+from common.folder import atomic_write, load_checkpoint, load_last, load_net, open_folder, save_net
 from tests.tiny import FORK, like_any_user
 
 CPU = torch.device("cpu")

@@ -1,9 +1,6 @@
 """The room common/loader.py: who gets which positions, augmentation, resident and streamed batches."""
 import math
-import os
 import pickle
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -221,14 +218,7 @@ def test_a_last_image_that_joins_a_batch_stays_what_it_would_be_beside_another(a
     assert torch.equal(targets, expected_targets[:17])
 
 
-def test_a_net_with_a_map_of_one_pixel_learns_from_every_batch():
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 12), torch.nn.BatchNorm2d(4))  # of 12 pixels: one
-    for n in (8, 9, 10):
-        for batch in loader_of(tiny(random_images(n)), 4).batches(range(n)):
-            net(batch.images)
-
-
-@pytest.mark.parametrize("augmentation", ["standard", "augmented"])
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS[1:])
 def test_images_depend_on_seed_and_epoch(augmentation):
     data = tiny(random_images(9))
     drawn = [by_position(data, range(9), 4, augmentation=augmentation, seed=seed, epoch=epoch)[0]
@@ -238,7 +228,7 @@ def test_images_depend_on_seed_and_epoch(augmentation):
             assert (images != other).flatten(1).any(1).sum() >= 8  # one crop in 162 may agree
 
 
-@pytest.mark.parametrize("augmentation", ["standard", "augmented"])
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS[1:])
 def test_an_epoch_is_the_same_after_a_resume(augmentation):
     data = tiny(random_images(9))
     through, resumed = (loader_of(data, 4, augmentation, seed=3) for _ in range(2))
@@ -505,30 +495,16 @@ def test_no_random_number_of_the_process_is_taken(tmp_path):
         assert torch.equal(torch.rand(3), expected)
 
 
-def test_the_next_epoch_s_first_batch_comes_within_a_second(tmp_path):
-    data = write_folder(tmp_path, random_images(32, side=256), "jpg")
-    loader = loader_of(data, 32, "standard", workers=1)
+def test_a_worker_lives_on_so_that_the_next_epoch_begins_at_once(tmp_path):
+    loader = loader_of(write_folder(tmp_path, random_images(8)), 4, "standard", workers=1)
     processes = set()
     for epoch in range(3):
-        for batch in loader.batches(range(32), epoch):
-            if epoch:
-                assert time.monotonic() - last < 1
-            last = time.monotonic()
+        assert len(list(loader.batches(range(8), epoch))) == 2
         processes |= {worker.pid for worker in loader.loader._iterator._workers}
-    assert len(processes) == 1  # it lives on
+    assert len(processes) == 1
 
 
 # ---------------------------------------------------------------- resized crops, RandAugment, erasing, mixing
-
-@pytest.mark.parametrize("augmentation", ["resized", "strong"])
-def test_strong_batches_do_not_change_with_ranks_and_parts(augmentation):
-    data = tiny(random_images(29, side=16))
-    indices = np.random.RandomState(1).randint(0, 29, 43)
-    alone = by_position(data, indices, 16, augmentation=augmentation, seed=3, epoch=2)
-    split = by_position(data, indices, 16, 2, 2, augmentation=augmentation, seed=3, epoch=2)
-    assert torch.allclose(alone[0], split[0], atol=1e-6) and torch.equal(alone[1], split[1])
-    assert not torch.equal(alone[0], by_position(data, indices, 16, augmentation=augmentation, seed=3)[0])
-
 
 @pytest.mark.parametrize("augmentation", ["none", "standard", "resized", "strong"])
 def test_images_come_in_the_size_that_the_data_set_names(augmentation):

@@ -1,6 +1,5 @@
 """Killed, stopped, out of disk, without a screen: what is resumed ends as if nothing had happened."""
 import functools
-import json
 import os
 import random
 import resource

@@ -241,6 +241,8 @@ BAD_FLAGS = [
     (["--dataset", "imagenette"], "known: fashion_lt"), (["--dataset", "nowhere/x.npz"], "nowhere/x.npz"),
     (["--dataset", "folder", "--data-dir", "nowhere"], "no such folder: nowhere/train"),
     (["--dataset", "fashion_lt", "--imb-factor", "10"], "fixed list"),
+    (["--dataset", "folder", "--train-list", "a.txt"], "give both --train-list and --test-list"),
+    (["--dataset", "imagenet_lt", "--train-list", "a.txt", "--test-list", "b.txt"], "no such list file: a.txt"),
     (["--dataset", "cifar10_lt", "--imb-factor", "0.01"], "at least 1"),
     (["--evaluate", "nowhere.pt"], "no such checkpoint: nowhere.pt"),
     (["--evaluate", ""], "must not be empty"),
