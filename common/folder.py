@@ -168,7 +168,8 @@ def _order_classes(model, saved, names, path):
 class Folder:
     """The folder that a run writes: log.jsonl, last.pt, result.json and nets. Only rank 0 writes.
 
-    path: where it is. state: what `save` last wrote, {} at a fresh start. data: the data set's fingerprint.
+    path: where it is. state: what `save` last wrote, {} at a fresh start. data: the data set's "fingerprint"
+    and "class_names".
     """
 
     def __init__(self, path, args, data):
@@ -223,8 +224,11 @@ class Folder:
             raise ValueError(f"{self.path} was started with other settings: " + ", ".join(
                 f"--{key.replace('_', '-')} {saved.get(key)}, now {now[key]}" for key in differing))
         if state["data"] != self.data:
-            raise ValueError(f"{self.path} was started with other data: the images, labels or class names of "
-                             f"{self.args.dataset} have changed; bring them back, or name another --out")
+            pairs = zip(state["data"]["class_names"], self.data["class_names"])
+            other = next((f"class {i} was {a!r}, now {b!r}" for i, (a, b) in enumerate(pairs) if a != b),
+                         f"the images, labels or class names of {self.args.dataset} have changed")
+            raise ValueError(f"{self.path} was started with other data: {other}; bring it back, or name "
+                             f"another --out")
         self.state = {**state, "seconds_before": state["run_seconds"]}
 
     def check_ranks_agree(self, device):
@@ -275,7 +279,7 @@ def open_folder(args, method, data, device):
 
     Default runs/<method>_<dataset>_seed<seed>, with -2, -3, ... behind it when taken. A named --out that is
     taken is refused unless --resume, which continues there, or starts if nothing is there. Resuming with
-    other settings, or other data, is refused. data: its fingerprint. Returns a `Folder`. Raises ValueError,
+    other settings, or other data, is refused. data: as in `Folder`. Returns a `Folder`. Raises ValueError,
     OSError.
     """
     default = default_folder(args, method)

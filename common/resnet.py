@@ -253,7 +253,7 @@ class ScaledLinear(nn.Linear):
 
 @torch.no_grad()
 def tau_normalise(classifier, tau=1.0):
-    """Scale a classifier's rows to |W_c|^(1 - tau) and drop its bias, if it has one (Kang et al., ICLR 2020)."""
+    """Scale a classifier's rows to |W_c|^(1 - tau), drop its bias if it has one (Kang et al., ICLR 2020)."""
     classifier.weight /= classifier.weight.norm(dim=1, keepdim=True) ** tau
     if getattr(classifier, "bias", None) is not None:
         classifier.bias.zero_()

@@ -176,7 +176,8 @@ class Run:
     def open(self):
         """Make the run's folder, or go on in it with --resume. Raises ValueError."""
         args, data = self.args, self.data
-        self.folder = open_folder(args, self.method, fingerprint(data), self.device)
+        known_by = {"fingerprint": fingerprint(data), "class_names": list(data.class_names)}
+        self.folder = open_folder(args, self.method, known_by, self.device)
         self.stop = Stop(args.time_limit, self.device)
         if args.test_fraction and rank() == 0:  # so that other scripts can share the split
             write_lists(self.listed, self.folder.path)

@@ -35,6 +35,10 @@ def items(loader):
     with _one_line():
         waiting = _start(loader)
         while True:
+            # a worker that is stopped while it hands over its tensors blocks `next` beyond the loader's timeout
+            alarm = threading.Timer(loader.timeout, _signal_workers, [signal.SIGCONT])
+            alarm.daemon = True
+            alarm.start()
             try:
                 item = next(waiting)
             except StopIteration:
@@ -42,9 +46,10 @@ def items(loader):
             except RuntimeError as reason:
                 if "timed out" not in str(reason):
                     raise
-                _signal_workers(signal.SIGCONT)
-            else:
-                yield item
+                continue
+            finally:
+                alarm.cancel()
+            yield item
 
 
 def _start(loader):

@@ -16,11 +16,11 @@ from tests.tiny import FORK, like_any_user
 CPU = torch.device("cpu")
 
 
-def opened(path, resume=False, data="data", **flags):
-    """A run's folder as a script opens it. path: None for the default one."""
+def opened(path, resume=False, prints="a1", names=("ant", "bee"), **flags):
+    """A run's folder as a script opens it. path: None for the default one. prints, names: of the data."""
     args = SimpleNamespace(dataset="some/tiny.npz", seed=3, device="cpu", resume=resume, lr=0.1,
                            out=None if path is None else str(path), **flags)
-    return open_folder(args, "cbd", data, CPU)
+    return open_folder(args, "cbd", {"fingerprint": prints, "class_names": list(names)}, CPU)
 
 
 def saved(path, *numbers):
@@ -346,7 +346,9 @@ def test_other_settings_are_refused_but_for_those_that_change_no_number(tmp_path
 def test_other_data_is_refused(tmp_path):
     saved(tmp_path / "run", 1)
     with pytest.raises(ValueError, match="the images, labels or class names of some/tiny.npz have changed"):
-        opened(tmp_path / "run", resume=True, data="other")
+        opened(tmp_path / "run", resume=True, prints="b2")
+    with pytest.raises(ValueError, match="other data: class 1 was 'bee', now 'cow'"):
+        opened(tmp_path / "run", resume=True, prints="b2", names=("ant", "cow"))
 
 
 @pytest.mark.parametrize("left", ["result.json", "student.pt"])
