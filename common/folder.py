@@ -219,16 +219,18 @@ class Folder:
             return
 
         saved, now = (json.loads(json.dumps(args)) for args in (state["args"], vars(self.args)))
+        reasons = []
         differing = [key for key in now if key not in MAY_CHANGE and now[key] != saved.get(key)]
         if differing:
-            raise ValueError(f"{self.path} was started with other settings: " + ", ".join(
+            reasons.append("other settings: " + ", ".join(
                 f"--{key.replace('_', '-')} {saved.get(key)}, now {now[key]}" for key in differing))
         if state["data"] != self.data:
             pairs = zip(state["data"]["class_names"], self.data["class_names"])
             other = next((f"class {i} was {a!r}, now {b!r}" for i, (a, b) in enumerate(pairs) if a != b),
                          f"the images, labels or class names of {self.args.dataset} have changed")
-            raise ValueError(f"{self.path} was started with other data: {other}; bring it back, or name "
-                             f"another --out")
+            reasons.append(f"other data: {other}; bring it back, or name another --out")
+        if reasons:  # both where defaults follow from the data
+            raise ValueError(f"{self.path} was started with " + ", and with ".join(reasons))
         self.state = {**state, "seconds_before": state["run_seconds"]}
 
     def check_ranks_agree(self, device):

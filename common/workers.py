@@ -35,7 +35,7 @@ def items(loader):
     with _one_line():
         waiting = _start(loader)
         while True:
-            # a worker that is stopped while it hands over its tensors blocks `next` beyond the loader's timeout
+            # a worker that is stopped while it hands over its tensors blocks `next` beyond the timeout
             alarm = threading.Timer(loader.timeout, _signal_workers, [signal.SIGCONT])
             alarm.daemon = True
             alarm.start()
