@@ -31,7 +31,8 @@ class Stop:
         if self.signal is None:
             self.signal, self.since = number, time.monotonic()
             if sys.stderr is not None:
-                os.write(2, b"\nstopping behind this step, with a checkpoint; another signal ends all\n")
+                os.write(2, b"\nstopping behind this step, with a checkpoint; "
+                            b"another signal ends the run at once\n")
         elif number != self.signal or time.monotonic() - self.since > SAME_WISH:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
