@@ -19,7 +19,7 @@ from common.augment import normalise, resize
 from common.reactnet import BinaryConv2d
 from common.pretrained import encoder_for
 from common.resnet import CifarResNet, build_encoder
-from tests.tiny import COUNTS, log_rows, one_error, tiny_npz, weights
+from tests.tiny import COUNTS, image_folder, log_rows, one_error, tiny_npz, weights
 
 ROOT = Path(__file__).parent.parent
 FILES = ["baseline.pt", "teacher.pt", "student.pt"]
@@ -548,13 +548,7 @@ def test_lambda_goes_as_far_in_a_long_run_as_in_a_short_one(full):
 
 
 def test_large_image_files_are_decoded_once_at_the_largest_resolution(full, tmp_path, monkeypatch):
-    from PIL import Image
-    noise = np.random.default_rng(0).integers(0, 255, (9, 80, 80, 3)).astype(np.uint8)
-    for part, counts in (("train", (6, 3)), ("test", (2, 2))):
-        for c, count in enumerate(counts):
-            (tmp_path / part / str(c)).mkdir(parents=True)
-            for i in range(count):
-                Image.fromarray(noise[i]).save(tmp_path / part / str(c) / f"{i}.png")
+    image_folder(tmp_path, side=80, counts=(6, 3), test=2)
     sides, views, encode = set(), set(), candle.Teacher.outputs
 
     def spy(self, images):
