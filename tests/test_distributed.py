@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from tests.tiny import (METHODS, ROOT, ended, image_folder, log_rows, noise_npz, start, start_ranks, tiny_flags,
-                        wait_for, weights, without_batch_norm)
+from tests.tiny import (METHODS, ROOT, ended, image_folder, log_rows, noise_npz, start, start_ranks,
+                        tiny_flags, wait_for, weights, without_batch_norm)
 
 # without what a rank draws for itself, and losses that look at all of a rank's part of a batch
 EXACT = {"cbd": [], "async_lt": ["--no-retentive", "--no-margin"],
