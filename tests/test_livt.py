@@ -465,7 +465,7 @@ def test_class_counts_follow_the_names_of_the_classes(full, tmp_path):
 def test_training_learns_colours_of_the_first_images_of_each_class(tmp_path):
     result = run(tmp_path, "--images-per-class", "5", "--epochs", "40", "--loss", "balanced-bce",
                  "--augment", "plain", "--lr", "0.1")
-    assert result["all"] > 80
+    assert result["class_counts"] == [5] * 4 and result["all"] > 80
 
 
 # ---------------------------------------------------------------- bad input
