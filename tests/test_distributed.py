@@ -99,7 +99,8 @@ def agent(tmp_path, monkeypatch):
     with open(tmp_path / "out", "w") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-             str(ROOT / "cbd.py"), *tiny_flags("cbd"), "--batch-size", "2", "--epochs", "1000", "--out", "run"],
+             str(ROOT / "cbd.py"), *tiny_flags("cbd"), "--batch-size", "2", "--epochs", "1000",
+              "--out", "run"],
             cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     wait_for(lambda: (tmp_path / "run" / "last.pt").exists() or process.poll() is not None)
     yield process, children(process.pid), tmp_path

@@ -95,7 +95,8 @@ def test_a_resumed_epoch_goes_on_with_the_same_parts(n, batch_size, accumulation
     parts = list(split_batches(n, cut))
     steps = np.cumsum([0] + [ends_step for _, _, ends_step in parts])[:-1]
     for first in range(count_steps(n, batch_size) + 1):
-        assert list(split_batches(n, cut, first)) == [part for part, step in zip(parts, steps) if step >= first]
+        later = [part for part, step in zip(parts, steps) if step >= first]
+        assert list(split_batches(n, cut, first)) == later
 
 
 @pytest.mark.parametrize("batch_size, ranks, accumulation", [(0, 1, 1), (10, 4, 1), (8, 2, 3), (4, 8, 1),
@@ -208,7 +209,8 @@ def test_images_do_not_depend_on_ranks_or_accumulation(augmentation):
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
 @pytest.mark.parametrize("ranks, accumulation", [(1, 1), (2, 2)])
-def test_a_last_image_that_joins_a_batch_stays_what_it_would_be_beside_another(augmentation, ranks, accumulation):
+def test_a_last_image_that_joins_a_batch_stays_what_it_would_be_beside_another(augmentation, ranks,
+                                                                                accumulation):
     data = tiny(random_images(9))
     indices = np.random.RandomState(1).randint(0, 9, 18)
     kw = dict(augmentation=augmentation, seed=5, noise=0.1)

@@ -101,7 +101,8 @@ def functions(path):
         for inner in getattr(node, "body", []) if isinstance(node, (ast.Module, ast.ClassDef)) else []:
             if isinstance(inner, ast.FunctionDef):
                 arguments = inner.args
-                names = [each.arg for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+                names = [each.arg for each in
+                         (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
                 owner = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
                 yield owner + inner.name, [name for name in names if name != "self"], \
                     inner.end_lineno - inner.lineno + 1

@@ -293,7 +293,8 @@ def test_no_command_line_ends_in_a_traceback(method, tmp_path, capsys, monkeypat
     monkeypatch.chdir(tmp_path)
 
     values = ["-1", "0", "1", "2", "16", "0.5", "1e-320", "1e39", "1e308", "-0.0", "nan", "-inf",
-              "2147483648", "", " ", "abc", "--", "text", ".", "gone.pt", "/dev/null", "x" * 300, "\u00e9\x00", "cpu",
+              "2147483648", "", " ", "abc", "--", "text", ".", "gone.pt", "/dev/null", "x" * 300,
+              "\u00e9\x00", "cpu",
               "8 16"]
     outcomes, draw = {"ready": 0, "refused": 0}, random.Random(method)
     for _ in range(150):

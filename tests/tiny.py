@@ -74,7 +74,8 @@ ROWS = {
         ["teacher 1, standard", "teacher 2, augmented", "teacher ensemble, K=2", "cbd, K=2"],
         {"--evaluate": "student.pt", "--teacher-checkpoints": "teacher_1.pt"}),
     "async_lt": Row(
-        ["--arch", "resnet14", "--phase-two-epochs", "2", "--phase-one-classes", "2", "--memory-per-class", "3"],
+        ["--arch", "resnet14", "--phase-two-epochs", "2", "--phase-one-classes", "2",
+         "--memory-per-class", "3"],
         ["plain.pt", "phase_one.pt", "model.pt"], ["plain", "phase one", "two phases"],
         {"--evaluate": "model.pt", "--phase-one-checkpoint": "phase_one.pt"}),
     "livt": Row(
@@ -183,7 +184,8 @@ def start_ranks(method, folder, *flags, ranks=2, **how):
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks),
               "LOCAL_WORLD_SIZE": str(ranks)}
-    return [start(method, folder, *flags, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **how)
+    return [start(method, folder, *flags, **how,
+                  environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(ranks)]
 
 
