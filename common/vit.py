@@ -146,7 +146,8 @@ def initialise(module):
     """MAE's start (section A.1): Glorot uniform for every linear layer, biases 0.
 
     In the authors' code one bias is not 0: their patch embedding is a convolution, whose bias stays as torch
-    starts it, uniform in +-1/sqrt(3 p p); ours is a linear layer like the others.
+    starts it, uniform in +-1/sqrt(3 p p); ours is a linear layer like the others. A ViT from scratch starts
+    like this, too: ours, as how the authors' started is not known.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):

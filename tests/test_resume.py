@@ -75,7 +75,7 @@ def test_a_signal_ends_the_step_in_flight_writes_a_checkpoint_and_says_how_to_go
     assert f"stopped by {number.name}; the same command with --resume --out run goes on" in \
         (tmp_path / "out").read_text()
     error = (tmp_path / "err").read_text()
-    assert "another signal ends all" in error and "Traceback" not in error
+    assert "another signal ends the run at once" in error and "Traceback" not in error
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]
     assert saved["epoch"] == log_rows(tmp_path / "run")[-1]["epoch"]
     assert saved["losses"].shape == (1, saved["step"])
