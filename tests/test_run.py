@@ -1,0 +1,88 @@
+"""What a run offers beside its scores: predictions of files, saved logits, a split of its own, what it says."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from common import predict
+from common.data import load
+from common.loader import Augmentation, Cut, decoded, make_loader
+from tests.tiny import METHODS, image_folder, run
+
+SMALL = ("--recipe", "cifar100_lt", "--epochs", "1", "--workers", "0", "--image-size", "8", "--no-amp")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_predictions_of_files_are_those_of_the_saved_logits(method, tmp_path, capsys):
+    image_folder(tmp_path / "images")
+    result = run(method, tmp_path, "--dataset", "folder", "--data-dir", str(tmp_path / "images"), *SMALL,
+                 "--save-logits")
+    saved = np.load(tmp_path / "run" / ("_".join(result["name"].replace(",", " ").split()) + ".npz"))
+    assert saved["class_counts"].tolist() == [9, 5, 4]
+    assert saved["targets"].tolist() == [0] * 3 + [1] * 3 + [2] * 3
+
+    # the confusion matrix counts the same logits' classes
+    confusion = np.zeros((3, 3), int)
+    np.add.at(confusion, (saved["targets"], saved["logits"].argmax(1)), 1)
+    assert confusion.tolist() == result["confusion"] == saved["confusion"].tolist()
+
+    nets = [tmp_path / "run" / name for name in ("student.pt", "model.pt")]
+    net = next(path for path in nets if path.exists())
+    files = [str(path) for path in sorted((tmp_path / "images" / "test").rglob("*.png"))]
+    probabilities = predict.predict_files(*predict.load_any(net), files)
+    torch.testing.assert_close(probabilities, torch.tensor(saved["logits"]).softmax(1), atol=1e-4, rtol=1e-3)
+
+    # as a program: the best class of each file, and the same as CSV
+    capsys.readouterr()
+    predict.main([str(net), *files[:2]])
+    best = "abc"[probabilities[0].argmax()]
+    assert capsys.readouterr().out.splitlines()[0] == f"{files[0]}: {best} {100 * probabilities[0].max():.1f}%"
+    predict.main([str(net), *files, "--csv", "--top", "3"])
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0] == "file,class,probability" and len(rows) == 1 + 3 * len(files)
+
+
+def test_what_is_no_saved_net_or_no_image_is_one_line(tmp_path, capsys):
+    torch.save({"method": "os"}, tmp_path / "other.pt")
+    for words in ([str(tmp_path / "other.pt"), "x.png"], [str(tmp_path / "none.pt"), "x.png"]):
+        with pytest.raises(SystemExit) as stop:
+            predict.main(words)
+        assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_split_of_the_script_is_left_as_lists_that_another_script_takes(tmp_path):
+    image_folder(tmp_path / "images")
+    images = tmp_path / "images" / "train"
+    flags = ("--dataset", "folder", "--data-dir", str(images), *SMALL)
+    first = run("cbd", tmp_path, *flags, "--test-fraction", ".34", name="first")
+    assert first["class_counts"] == [6, 3, 3]
+
+    lists = [str(tmp_path / "first" / f"{part}_list.txt") for part in ("train", "test")]
+    second = run("async_lt", tmp_path, *flags, "--train-list", lists[0], "--test-list", lists[1], name="second")
+    assert second["class_counts"] == first["class_counts"]
+    read = [[line.rsplit(" ", 1)[0] for line in open(path).read().splitlines()] for path in lists]
+    assert sorted(read[0] + read[1]) == sorted(str(path.relative_to(images)) for path in images.rglob("*.png"))
+
+
+def test_a_run_says_what_it_is_where_it_writes_and_that_it_is_too_short(tmp_path, capsys):
+    run("cbd", tmp_path, "--second-stage", "class-balanced", "--teachers", "1", "--only-teacher", "1")
+    said = capsys.readouterr().out
+    assert "37 training images, 3 classes" in said and "settings of the recipe" in said
+    assert "note: teacher 1, standard takes only 6 steps in batches of 16" in said
+    assert said.splitlines()[-1].startswith(f"wrote {tmp_path / 'run'} (last.pt, log.jsonl, result.json")
+    lines = (tmp_path / "run" / "result.json").read_text().splitlines()
+    assert json.loads("".join(lines)) and len(lines) < 40  # a line a key
+
+
+def test_small_sets_of_files_are_decoded_to_what_their_loader_would_stream(tmp_path):
+    image_folder(tmp_path)
+    files = load("folder", tmp_path)
+    files.image_size = 12
+    kept = decoded(files, 12)
+    assert kept.train.images.shape == (18, 12, 12, 3) and kept.image_size == 12
+    for part in ("train", "test"):
+        streamed, resident = (next(iter(make_loader(getattr(data, part), data, Cut(18), "cpu", Augmentation())
+                                        .batches(np.arange(9)))) for data in (files, kept))
+        assert torch.equal(streamed.images, resident.images)
+        assert torch.equal(streamed.targets, resident.targets)
