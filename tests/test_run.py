@@ -1,4 +1,4 @@
-"""What a run offers beside its scores: predictions of files, saved logits, a split of its own, what it says."""
+"""What a run offers beside its scores: predictions of files, logits, a split of its own, what it says."""
 import json
 
 import numpy as np
@@ -37,7 +37,8 @@ def test_predictions_of_files_are_those_of_the_saved_logits(method, tmp_path, ca
     capsys.readouterr()
     predict.main([str(net), *files[:2]])
     best = "abc"[probabilities[0].argmax()]
-    assert capsys.readouterr().out.splitlines()[0] == f"{files[0]}: {best} {100 * probabilities[0].max():.1f}%"
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"{files[0]}: {best} {100 * probabilities[0].max():.1f}%"
     predict.main([str(net), *files, "--csv", "--top", "3"])
     rows = capsys.readouterr().out.splitlines()
     assert rows[0] == "file,class,probability" and len(rows) == 1 + 3 * len(files)
@@ -59,10 +60,12 @@ def test_a_split_of_the_script_is_left_as_lists_that_another_script_takes(tmp_pa
     assert first["class_counts"] == [6, 3, 3]
 
     lists = [str(tmp_path / "first" / f"{part}_list.txt") for part in ("train", "test")]
-    second = run("async_lt", tmp_path, *flags, "--train-list", lists[0], "--test-list", lists[1], name="second")
+    second = run("async_lt", tmp_path, *flags, "--train-list", lists[0], "--test-list", lists[1],
+                 name="second")
     assert second["class_counts"] == first["class_counts"]
     read = [[line.rsplit(" ", 1)[0] for line in open(path).read().splitlines()] for path in lists]
-    assert sorted(read[0] + read[1]) == sorted(str(path.relative_to(images)) for path in images.rglob("*.png"))
+    names = [str(path.relative_to(images)) for path in images.rglob("*.png")]
+    assert sorted(read[0] + read[1]) == sorted(names)
 
 
 def test_a_run_says_what_it_is_where_it_writes_and_that_it_is_too_short(tmp_path, capsys):
