@@ -94,17 +94,34 @@ def test_evaluate_gives_the_run_s_scores_and_writes_nothing(method, whole, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["images.npz"] and [*folder.iterdir()] == files
 
 
+def name(arrays):
+    arrays["class_names"] = np.array(["ant", "bee", "cat"])
+
+
+def reorder(arrays):
+    """ant was 0 and is 1, bee 1 -> 2, cat 2 -> 0."""
+    name(arrays)
+    arrays["class_names"] = arrays["class_names"][[2, 0, 1]]
+    for part in ("y_train", "y_test"):
+        arrays[part] = (arrays[part] + 1) % 3
+
+
+@pytest.mark.parametrize("method, flag, nets, stage", [
+    ("cbd", "--teacher-checkpoints", ["teacher_1.pt", "teacher_2.pt"], 0),
+    ("async_lt", "--phase-one-checkpoint", ["phase_one.pt"], 1)])
+def test_a_run_goes_on_from_nets_that_meet_its_classes_by_name(method, flag, nets, stage, tmp_path, capsys):
+    changed_npz(tmp_path, name)
+    before = run(method, tmp_path)["stages"][stage]
+    given = (flag, *(str(tmp_path / "run" / net) for net in nets))
+    changed_npz(tmp_path, reorder)
+    after = run(method, tmp_path, *given, name="again")["stages"][stage]
+    assert after["per_class_accuracy"] == [before["per_class_accuracy"][i] for i in (2, 0, 1)]
+    changed_npz(tmp_path, lambda arrays: arrays.update(class_names=np.array(["ant", "bee", "cow"])))
+    assert "'cat' there, 'cow' here" in refused(capsys, method, tmp_path, *given)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_net_meets_the_same_classes_in_another_order_by_their_names(method, tmp_path, capsys):
-    def name(arrays):
-        arrays["class_names"] = np.array(["ant", "bee", "cat"])
-
-    def reorder(arrays):  # ant was 0 and is 1, bee 1 -> 2, cat 2 -> 0
-        name(arrays)
-        arrays["class_names"] = arrays["class_names"][[2, 0, 1]]
-        for part in ("y_train", "y_test"):
-            arrays[part] = (arrays[part] + 1) % 3
-
     changed_npz(tmp_path, name)
     result = run(method, tmp_path)
     evaluate = ("--evaluate", str(tmp_path / "run" / ROWS[method].takes["--evaluate"]))
