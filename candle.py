@@ -77,7 +77,7 @@ def parse_args(argv=None):
     add("--from-scratch", nargs="?", const="ce", choices=["ce", "tau-norm", "balanced-softmax"])
     add("--arch", choices=NETS, help="of the student")
     add("--student-width", type=positive, help="factor of its channels")
-    add("--student-resolution", type=count, help="pixels; one of --resolutions")
+    add("--student-resolution", type=count, help="pixels")
     add("--binarize", action=BOOLEAN, default=True, help="--no-binarize: its full-precision twin")
     add("--classifier", choices=["linear", "cosine"], default="linear", help="of the student (Table 9)")
     add("--student-optimizer", choices=["adam", "sgd"], default="adam", help="sgd: Figure 8")
@@ -86,6 +86,7 @@ def parse_args(argv=None):
     add("--teacher-weights", type=text, metavar="FILE", help="its state dict, or: ImageNet-1K, embedded")
     add("--teacher-normalisation", type=number, nargs=6, metavar="X", help="mean, std of what it learnt from")
     add("--resolutions", type=count, nargs="+", help="that the teacher sees, in pixels")
+    add("--base-resolution", type=count, help="that of them whose map the student learns (its own)")
     add("--smoothing", type=part, nargs=2, metavar=("HEAD", "TAIL"), help="of the labels, in calibration")
     add("--calibration-epochs", type=count, help="of stage A")
     add("--calibration-lr", type=number, help="at the first step of stage A")
@@ -180,17 +181,17 @@ class LossBalance(nn.Module):
 
 class SizeInterpolationConcat(nn.Module):
     """M: maps [N, teacher_dim, h_r, w_r], one a resolution, through 1x1 convolutions and at one side, joined:
-    [N, width, side, side]. own: the slice of the student's resolution. A single map has no convolution."""
+    [N, width, side, side]. own: the slice of the base resolution. A single map has no convolution."""
 
-    def __init__(self, teacher_dim, student_dim, resolutions, student_resolution, side):
+    def __init__(self, teacher_dim, student_dim, resolutions, base_resolution, side):
         super().__init__()
         # paper: all have the student's width / here: the others half, as [D], utils/feature_similarity.py
-        widths = [student_dim if r == student_resolution else student_dim // 2 for r in resolutions]
+        widths = [student_dim if r == base_resolution else student_dim // 2 for r in resolutions]
         self.convs = nn.ModuleList(nn.Sequential(nn.Conv2d(teacher_dim, width, 1, bias=False),
                                                  nn.BatchNorm2d(width), nn.LeakyReLU()) for width in widths)
         if len(resolutions) == 1:
             widths, self.convs = [teacher_dim], nn.ModuleList([nn.Identity()])
-        place = resolutions.index(student_resolution)
+        place = resolutions.index(base_resolution)
         self.own = slice(sum(widths[:place]), sum(widths[:place + 1]))
         self.width, self.side = sum(widths), side
 
@@ -206,14 +207,14 @@ class Teacher(nn.Module):
     images of any side -> (logits [N, C], pooled features); `outputs` has behind these the map [N, D, side,
     side] that a student is compared with. settings: what rebuilds it."""
 
-    def __init__(self, arch, num_classes, resolutions, student_resolution, student_dim, side, affine=None,
+    def __init__(self, arch, num_classes, resolutions, base_resolution, student_dim, side, affine=None,
                  encoder=None):
         super().__init__()
         self.settings = dict(arch=arch, num_classes=num_classes, resolutions=resolutions, affine=affine,
-                             student_resolution=student_resolution, student_dim=student_dim, side=side)
+                             base_resolution=base_resolution, student_dim=student_dim, side=side)
         self.encoder = encoder or load_encoder(arch, affine=affine)
         self.join = SizeInterpolationConcat(self.encoder.feature_dim, student_dim, resolutions,
-                                            student_resolution, side)
+                                            base_resolution, side)
         self.classifier = ScaledLinear(self.join.width, num_classes)
 
     def outputs(self, images):
@@ -239,10 +240,11 @@ def cosine_lr(progress, lr):
 
 def new_teacher(run, encoder, resolutions):
     """A teacher that is not calibrated yet."""
-    args, own = run.args, run.args.student_resolution
+    args = run.args
     torch.manual_seed(run.seed("teacher", resolutions, "initialisation"))
-    return run.place(Teacher(args.teacher, run.data.num_classes, resolutions, own,
-                             *map_shape(args.arch, args.student_width, own), encoder.affine, encoder))
+    shape = map_shape(args.arch, args.student_width, args.student_resolution)
+    return run.place(Teacher(args.teacher, run.data.num_classes, resolutions, args.base_resolution, *shape,
+                             encoder.affine, encoder))
 
 
 def calibrate(run, file, teacher):
@@ -265,8 +267,7 @@ def calibrate(run, file, teacher):
             epoch.track(loss=loss)
             if ends_step:
                 run.sum_gradients(teacher)
-                for group in optimizer.param_groups:
-                    group["lr"] = cosine_lr(epoch.progress, args.calibration_lr)
+                optimizer.param_groups[0]["lr"] = cosine_lr(epoch.progress, args.calibration_lr)
                 optimizer.step()
                 optimizer.zero_grad()
         if epoch.is_scored:
@@ -357,8 +358,7 @@ def train_student(run, name, file, teacher, row):
             if ends_step:
                 run.sum_gradients(parts)
                 for optimizer in optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = cosine_lr(epoch.progress, optimizer.defaults["lr"])
+                    optimizer.param_groups[0]["lr"] = cosine_lr(epoch.progress, optimizer.defaults["lr"])
                     optimizer.step()
                     optimizer.zero_grad()
         if row == "learned":
@@ -382,9 +382,9 @@ def check_args(args):
     """Choose the smoothing, refuse flags that contradict one another. Raises ValueError."""
     if isinstance(args.smoothing, dict):  # that of the nearest imbalance factor that MiSLAS lists
         args.smoothing = args.smoothing[min(args.smoothing, key=lambda f: abs(f - (args.imb_factor or 100)))]
-    if args.student_resolution not in args.resolutions or len(set(args.resolutions)) < len(args.resolutions):
-        raise ValueError(f"--resolutions must be different sides in pixels, the student's own "
-                         f"({args.student_resolution}) among them, got {args.resolutions}")
+    base = args.base_resolution = args.base_resolution or args.student_resolution  # paper: always this
+    if base not in args.resolutions or len(set(args.resolutions)) < len(args.resolutions):
+        raise ValueError(f"--resolutions must differ and hold the base ({base}), got {args.resolutions}")
     if args.ablation and (len(args.resolutions) == 1 or args.balance == "fixed" or not args.baseline):
         raise ValueError("--ablation trains all rows itself; it needs several --resolutions")
     if args.ablation + bool(args.from_scratch) + (not args.calibration) > 1 or args.evaluate and args.export:
@@ -412,7 +412,7 @@ def main(args):
                                       args.teacher_normalisation, min(args.resolutions))
         run.open()
 
-    own = [args.student_resolution]
+    own = [args.base_resolution]
     with run:
         if args.from_scratch:
             name = "from scratch" + ", balanced softmax" * (args.from_scratch == "balanced-softmax")

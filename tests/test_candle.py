@@ -563,6 +563,18 @@ def test_large_image_files_are_decoded_once_at_the_largest_resolution(full, tmp_
     assert [stage["name"] for stage in result["stages"]] == ["baseline", "teacher, 48 72 96", "candle"]
 
 
+def test_the_base_resolution_may_be_another_than_the_student_s(tmp_path):
+    run(tmp_path, "--no-baseline", "--resolutions", "24", "48", "--base-resolution", "48")
+    teacher, student = (candle.load_model(tmp_path / "run" / file)[0] for file in ("teacher.pt", "student.pt"))
+    images = torch.rand(2, 3, 16, 16)
+
+    with torch.no_grad():
+        own, base = student.encode(images), teacher.join.convs[1](teacher.encoder(resize(images, 48)))
+        _, _, followed = teacher.outputs(images)
+    assert own.shape == followed.shape
+    assert torch.allclose(followed, F.interpolate(base, own.shape[-2:], mode="area"))
+
+
 # ---------------------------------------------------------------- evaluation and export
 
 def test_an_exported_student_has_1_bit_weights_and_the_same_logits_on_the_test_images(full, capsys):
@@ -659,15 +671,15 @@ refused = functools.partial(one_error, run)
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--resolutions", "8", "24"], "the student's own (16) among them"),
-    (["--resolutions", "16", "16"], "different sides"),
+    (["--resolutions", "8", "24"], "must differ and hold the base (16)"),
+    (["--resolutions", "16", "16"], "must differ"),
     (["--resolutions", "16", "0"], "argument --resolutions: must be at least 1"),
     (["--resolutions", "3", "16"], "--resolutions 3 leaves a map of one pixel"),
     (["--student-resolution", "8"], "--student-resolution 8 leaves a map of one pixel"),
     (["--from-scratch", "--student-resolution", "8"], "--student-resolution 8 leaves a map of one pixel"),
     (["--teacher-normalisation", "0", "0", "0", "1", "1", "0"], "must be positive"),
     (["--teacher", "tensorflow:x"], "known are torchvision's names and timm:NAME"),
-    (["--student-resolution", "32"], "the student's own (32) among them"),
+    (["--student-resolution", "32"], "hold the base (32)"),
     (["--teacher", "resnet20"], "holds a resnet14, not a resnet20"),
     (["--teacher", "vgg11"], "unknown encoder 'vgg11'"),
     (["--teacher-weights", "nowhere.pt"], "nowhere.pt"),
