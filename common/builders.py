@@ -12,6 +12,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,20 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 # Head to tail. Look-alikes (T-shirt 0 and shirt 6, coat 4 and pullover 2, sandal 5 and sneaker 7) stand at
 # opposite ends; in the order of the ids the three tail classes would be the three easiest.
 FASHION_ORDER = (0, 5, 4, 1, 9, 3, 7, 2, 8, 6)
+
+
+class Own(NamedTuple):
+    """What a user says of image files of their own, or of the order of classes.
+
+    train_list, test_list: list files (`read_list`) in place of the data set's own, paths relative to
+    data_dir. test_fraction: of the images of each class, drawn by seed, for a folder without test/, or a
+    train_list without test_list. class_names: the order of the classes, where an .npz, a folder or lists have
+    just these in another one; it counts before anything is drawn.
+    """
+    train_list: str = None
+    test_list: str = None
+    test_fraction: float = None
+    class_names: list = None
 
 
 # ---------------------------------------------------------------- builders: decoded images
@@ -80,7 +95,7 @@ def _fashion_mnist(name, data_dir, imb_factor, seed):
 ARRAYS = ("x_train", "y_train", "x_val", "y_val", "x_test", "y_test", "class_names")
 
 
-def build_npz(name, path, imb_factor, seed, border=0):
+def build_npz(name, path, imb_factor, seed, own=Own(), border=0):
     """Any .npz of x_train y_train x_test y_test [x_val y_val class_names]; cut when a factor is given."""
     if not Path(path).is_file():
         raise MissingFile(f"no such file: {path}")
@@ -124,13 +139,13 @@ def build_npz(name, path, imb_factor, seed, border=0):
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: two classes in class_names have the same name")
 
+    unknown = (0.0,) * 3, (1.0,) * 3  # mean and deviation, before the cut
+    data = Dataset(name, train, splits.get("val"), splits["test"], names, *unknown, train.images.shape[1])
+    data = data.in_class_order(own.class_names)
     if imb_factor is not None:
-        if train.targets.min() < 0 or train.targets.max() >= len(names):
-            raise ValueError(f"{path}: y_train must lie in 0..{len(names) - 1}")
-        kept = cut_to_long_tail(train.targets, len(names), imb_factor, seed=seed)
-        train = train.subset(kept)
-    return Dataset(name, train, splits.get("val"), splits["test"], names,
-                   *channel_statistics(train.images), train.images.shape[1])
+        data = data.subset(cut_to_long_tail(data.train.targets, len(names), imb_factor, seed=seed))
+    data.mean, data.std = map(tuple, channel_statistics(data.train.images))
+    return data
 
 
 def _fashion_lt(name, data_dir, imb_factor, seed):
@@ -153,48 +168,48 @@ def _scanned(folder, class_names):
     return image_files(paths, targets)
 
 
-def build_folder(name, data_dir, imb_factor, seed, test_fraction=None):
-    """DIR/train/CLASS/*.jpg, DIR/test/CLASS/*.jpg, and DIR/val/CLASS/*.jpg where there is one.
-
-    test_fraction: of the images of each class, where there is no DIR/test; they may lie in DIR/CLASS, too.
-    """
-    root = Path(data_dir)
-    training = root / "train" if test_fraction is None else _training_folder(root)
+def build_folder(name, data_dir, imb_factor, seed, own=Own()):
+    """DIR/train/CLASS/*.jpg, DIR/test/CLASS/*.jpg, and DIR/val/CLASS/*.jpg where there is one. With
+    own.test_fraction, where there is no DIR/test, they may lie in DIR/CLASS, too."""
+    root, test = Path(data_dir), None
+    training = root / "train" if own.test_fraction is None else _training_folder(root)
     class_names = sorted({composed(name) for name in class_folders(
         training, f"{root}/{{train,test}}/CLASS/*.jpg")})
     train = _scanned(training, class_names)
 
-    if test_fraction is None:
+    if own.test_fraction is None:
         if not (root / "test").is_dir():
             raise MissingFile(f"no such folder: {root / 'test'} (--test-fraction 0.2 sets images of each "
                               "class aside)")
         test = _scanned(root / "test", class_names)
     elif (root / "test").is_dir():
         raise ValueError(f"there is a folder {root / 'test'}: leave out --test-fraction")
-    else:
-        train, test = _set_aside(train, len(class_names), test_fraction, seed)
 
     val = _scanned(root / "val", class_names) if (root / "val").is_dir() and training != root else None
-    whole = Dataset(name, train, val, test, class_names, IMAGENET_MEAN, IMAGENET_STD,
-                    _size_shown(name, data_dir))
-    return whole if imb_factor is None else whole.subset(
-        cut_to_long_tail(train.targets, len(class_names), imb_factor, seed=seed))
+    data = Dataset(name, train, val, test, class_names, IMAGENET_MEAN, IMAGENET_STD,
+                   _size_shown(name, data_dir)).in_class_order(own.class_names)
+    if own.test_fraction:
+        data = _set_aside(data, own.test_fraction, seed)
+    return data if imb_factor is None else data.subset(
+        cut_to_long_tail(data.train.targets, len(class_names), imb_factor, seed=seed))
 
 
 def _training_folder(root):
     return root / "train" if (root / "train").is_dir() else root
 
 
-def _set_aside(files, num_classes, fraction, seed):
-    """Training and test images: that fraction of each class is for testing, at least one image, never all."""
-    sizes = np.bincount(files.targets, minlength=num_classes)
+def _set_aside(data, fraction, seed):
+    """A data set without test images, with them: that fraction of each class's training images, at least one
+    of them, never all."""
+    files, sizes = data.train, data.class_counts
     taken = np.minimum(np.maximum(np.rint(fraction * sizes).astype(int), 1), np.maximum(sizes - 1, 0))
     testing = np.sort(long_tail_indices(files.targets, taken, seed))
     single = (sizes == 1).sum()
     note(f"{len(testing)} of {len(files)} images are set aside for testing ({fraction:g} of each class, "
          f"drawn by --subset-seed {seed})"
          + (f"; {single} classes have a single image, for training" if single else ""))
-    return files.subset(np.setdiff1d(np.arange(len(files)), testing)), files.subset(testing)
+    train = files.subset(np.setdiff1d(np.arange(len(files)), testing))
+    return data.with_splits(train, data.val, files.subset(testing))
 
 
 def image_side(name, data_dir="data", train_list=None):
@@ -286,13 +301,11 @@ LISTED = {"imagenet_lt": ("ImageNet_LT", "test"), "places_lt": ("Places_LT", "te
           "inat18": ("iNaturalist18", "val"), "inat17": ("iNaturalist17", "val")}  # classifier-balancing's
 
 
-def build_listed(name, data_dir, imb_factor, seed, train_list=None, test_list=None, test_fraction=None):
+def build_listed(name, data_dir, imb_factor, seed, own=Own()):
     """DIR/ImageNet_LT_train.txt, ..., paths in them relative to DIR; iNaturalist's also train2018.json, ...
-
-    train_list, test_list: a user's own files instead, for any data set of image files. test_fraction: of each
-    class in train_list, for testing.
-    """
+    own: a user's lists instead, for any data set of image files."""
     _refuse_factor(name, imb_factor)
+    train_list, test_list, test_fraction, _ = own
     if name not in LISTED and not (train_list and (test_list or test_fraction)):
         raise ValueError(f"{name} has no list files of its own: give both --train-list and --test-list (or "
                          "--test-fraction)")
@@ -313,12 +326,14 @@ def build_listed(name, data_dir, imb_factor, seed, train_list=None, test_list=No
     class_names = list(map(composed, train.class_names or _folder_names(train, C)))
     if len(class_names) != C:
         raise ValueError(f"{train.file} has {C} classes, but names for {len(class_names)}")
+    if len(set(class_names)) < C:
+        raise ValueError(f"{train.file}: two classes have the same name")
 
     train, val, test = (part and image_files(part.names, part.targets, root) for part in (train, val, test))
-    if test_fraction:
-        train, test = _set_aside(train, C, test_fraction, seed)
     size = _size_shown(name, data_dir, train_list) if name == "folder" else 224
-    return Dataset(name, train, val, test, class_names, *_statistics(name), size, _color_jitter(name))
+    data = Dataset(name, train, val, test, class_names, *_statistics(name), size, _color_jitter(name))
+    data = data.in_class_order(own.class_names)
+    return _set_aside(data, test_fraction, seed) if test_fraction else data
 
 
 def _folder_names(listing, num_classes):

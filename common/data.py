@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.builders import (ASSETS, BUILDERS, CUT, FASHION_ORDER, LISTED, MATLAB, PUBLISHED, SOURCES,
-                             build_folder, build_listed, build_npz, image_side)
+from common.builders import (ASSETS, BUILDERS, CUT, FASHION_ORDER, LISTED, MATLAB, PUBLISHED, SOURCES, Own,
+                             build_listed, build_npz, image_side)
 from common.files import MissingFile, escape_unprintable, read_image, read_list
 from common.folder import atomic_write
 from common.longtail import (Dataset, ImageFiles, Images, balanced_subset, channel_statistics,
@@ -23,17 +23,17 @@ from common.longtail import (Dataset, ImageFiles, Images, balanced_subset, chann
                              note)
 
 
-def load(name, data_dir="data", imb_factor=None, seed=0, train_list=None, test_list=None, test_fraction=None):
+def load(name, data_dir="data", imb_factor=None, seed=0, **own):
     """Build a long-tailed data set.
 
     name: a key of `BUILDERS`, or the path of an .npz file. data_dir: where the files are or are downloaded to
     (for "folder": the folder itself). imb_factor: max/min images per class, >= 1; None is the papers' for the
     sets that are cut from a balanced one (100; most of CANDLE's: 10), and no cut for an .npz or a folder.
-    seed: which images are kept. train_list, test_list: list files (`read_list`) that take the place of the
-    data set's own, paths relative to data_dir. test_fraction: of the images of each class, drawn by seed, for
-    a folder without test/, or a train_list without test_list. Returns a `Dataset`. Raises ValueError, saying
-    what was wrong and what to do.
+    seed: which images are kept. own: train_list, test_list, test_fraction, class_names, each as in `Own`.
+    Returns a `Dataset`. Raises ValueError, saying what was wrong and what to do.
     """
+    own = Own(**own)
+    train_list, test_list, test_fraction, _ = own
     if imb_factor is not None:
         long_tail_counts(1, 1, imb_factor)
     is_npz = str(name).endswith(".npz")
@@ -48,11 +48,11 @@ def load(name, data_dir="data", imb_factor=None, seed=0, train_list=None, test_l
                          "--train-list without --test-list")
     try:
         if train_list or test_list:
-            data = build_listed(name, data_dir, imb_factor, seed, train_list, test_list, test_fraction)
+            data = build_listed(name, data_dir, imb_factor, seed, own)
         elif is_npz:
-            data = build_npz(str(name), name, imb_factor, seed)
-        elif name == "folder":
-            data = build_folder(name, data_dir, imb_factor, seed, test_fraction)
+            data = build_npz(str(name), name, imb_factor, seed, own)
+        elif name == "folder" or name in LISTED:
+            data = BUILDERS[name](name, data_dir, imb_factor, seed, own)
         else:
             data = BUILDERS[name](name, data_dir, imb_factor, seed)
     except MissingFile as reason:
@@ -246,8 +246,8 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that decode")
     args = parser.parse_args(argv)
     try:
-        data = load(args.name, args.data_dir, args.imb_factor, args.subset_seed, args.train_list,
-                    args.test_list, args.test_fraction)
+        data = load(args.name, args.data_dir, args.imb_factor, args.subset_seed, train_list=args.train_list,
+                    test_list=args.test_list, test_fraction=args.test_fraction)
     except (ValueError, ImportError) as reason:
         fail(reason)
     own = args.train_list or args.test_list or args.imb_factor is not None

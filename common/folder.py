@@ -141,6 +141,14 @@ def _is_net(saved):
         len(saved["class_names"]) == len(saved["class_counts"])
 
 
+def first_difference(there, here):
+    """The first of the class names `there` that is not among those `here`, and the first of those here that
+    is not among those there, in quotes; none for either where there is none."""
+    found, known = set(here), set(there)
+    return next((repr(name) for name in there if name not in found), "none"), \
+        next((repr(name) for name in here if name not in known), "none")
+
+
 def _order_classes(model, saved, names, path):
     """Bring the rows of a net's classifiers, and what was saved of the classes, into the order of `names`.
     Raises ValueError for other names."""
@@ -149,10 +157,9 @@ def _order_classes(model, saved, names, path):
         raise ValueError(f"{path} knows {len(have)} classes, the data set has {len(names)}")
     if have == names:
         return
-    if sorted(have) != sorted(names):
-        first = next(i for i, (a, b) in enumerate(zip(sorted(have), sorted(names))) if a != b)
-        raise ValueError(f"{path} knows other classes than the data set: {sorted(have)[first]!r} there, "
-                         f"{sorted(names)[first]!r} here")
+    there, here = first_difference(have, names)
+    if there != here:
+        raise ValueError(f"{path} knows other classes than the data set: {there} there, {here} here")
 
     order = torch.tensor([have.index(name) for name in names])
     for name, value in model.state_dict().items():
@@ -225,9 +232,9 @@ class Folder:
             reasons.append("other settings: " + ", ".join(
                 f"--{key.replace('_', '-')} {saved.get(key)}, now {now[key]}" for key in differing))
         if state["data"] != self.data:
-            pairs = zip(state["data"]["class_names"], self.data["class_names"])
-            other = next((f"class {i} was {a!r}, now {b!r}" for i, (a, b) in enumerate(pairs) if a != b),
-                         f"the images, labels or class names of {self.args.dataset} have changed")
+            was, here = first_difference(state["data"]["class_names"], self.data["class_names"])
+            other = f"a class was {was}, now {here}" if was != here else \
+                f"the images, labels or class names of {self.args.dataset} have changed"
             reasons.append(f"other data: {other}; bring it back, or name another --out")
         if reasons:  # both where defaults follow from the data
             raise ValueError(f"{self.path} was started with " + ", and with ".join(reasons))
@@ -379,6 +386,16 @@ def load_last(folder):
     if damage:
         raise ValueError(f"{damage}, and there is no earlier one; train again, with another --out")
     return {}
+
+
+def class_names_in(folder):
+    """The class names of the data that the run in a folder began with; None where nothing says it."""
+    for name in ("last.pt", "last.pt.part", "previous.pt"):
+        try:
+            return load_checkpoint(Path(folder, name))["data"]["class_names"]
+        except (ValueError, KeyError, TypeError):  # `load_last` says what is wrong with it
+            continue
+    return None
 
 
 # ---------------------------------------------------------------- what a number depends on

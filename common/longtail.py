@@ -5,7 +5,7 @@ loader's workers); both have `.targets`. Class ids are the data set's own and ar
 """
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -161,6 +161,26 @@ class Dataset:
         """The same data set with these splits."""
         return Dataset(self.name, train, val, test, self.class_names, self.mean, self.std, self.image_size,
                        self.color_jitter)
+
+    def in_class_order(self, class_names):
+        """The same data set with its classes in this order. Where these are not its own class names, or None,
+        it stays as it is. Images that lie class by class do so afterwards, too."""
+        if class_names == self.class_names or sorted(class_names or ()) != sorted(self.class_names):
+            return self
+        note(f"{self.name} has the same classes in another order; they are matched by name")
+        place = {class_name: i for i, class_name in enumerate(class_names)}
+        new_ids = np.array([place[class_name] for class_name in self.class_names])
+
+        splits = []
+        for split in (self.train, self.val, self.test):
+            if split is not None:
+                is_by_class = (np.diff(split.targets) >= 0).all()
+                split = replace(split, targets=new_ids[split.targets])
+                split = split.subset(split.targets.argsort(kind="stable")) if is_by_class else split
+            splits.append(split)
+        data = self.with_splits(*splits)
+        data.class_names = list(class_names)
+        return data
 
 
 def balanced_subset(data, images_per_class):

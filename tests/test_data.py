@@ -17,6 +17,7 @@ from common.assets import make
 from common.data import (ASSETS, BUILDERS, CUT, FASHION_ORDER, LISTED, MATLAB, SOURCES, Dataset, Images,
                          cut_to_long_tail, fingerprint, image_side, leave_out_unreadable, load,
                          long_tail_counts, long_tail_indices, main, write_lists)
+from tests.tiny import tiny_npz
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -536,6 +537,33 @@ def test_a_fingerprint_sees_names_labels_pixels_and_files(tmp_path):
     (root / "train" / "ant" / "0.png").rename(root / "train" / "ant" / "00.png")
     found.append(fingerprint(load("folder", root)))
     assert len(set(found)) == len(found)
+
+
+def test_a_class_order_that_is_asked_for_counts_before_anything_is_drawn(tmp_path):
+    tiny_arrays = np.load(tiny_npz(tmp_path / "tiny.npz"))
+    names, order = np.array(list("abcde")), np.array([3, 0, 4, 2, 1])
+    for by_class in (False, True):  # images stored class by class lie otherwise in another order of classes
+        for new_order in (np.arange(5), order):
+            arrays = {"class_names": names[new_order]}
+            for part in ("train", "test"):
+                x, y = tiny_arrays[f"x_{part}"], new_order.argsort()[tiny_arrays[f"y_{part}"]]
+                stored = y.argsort(kind="stable") if by_class else np.arange(len(y))
+                arrays |= {f"x_{part}": x[stored], f"y_{part}": y[stored]}
+            np.savez(tmp_path / f"{new_order[0]}.npz", **arrays)
+        first, second = (load(str(tmp_path / f"{i}.npz"), imb_factor=20, class_names=list("abcde"))
+                         for i in (0, 3))
+        assert fingerprint(first) == fingerprint(second) and second.class_names == list("abcde")
+        assert (first.mean, first.std) == (second.mean, second.std)
+    root = write_tree(tmp_path / "set", {"a": 4, "b": 6, "c": 5}, parts=("train",))
+    lines = {name: [f"train/{name}/{i}.png" for i in range(size)] for name, size in zip("abc", (4, 6, 5))}
+    found = [load("folder", root, test_fraction=0.4, class_names=["c", "a", "b"])]
+    for new_order in ("abc", "cab", "bca"):
+        (tmp_path / "list.txt").write_text("".join(
+            f"{path} {new_order.index(name)}\n" for name in new_order for path in lines[name]))
+        found.append(load("folder", root, train_list=tmp_path / "list.txt", test_fraction=0.4,
+                          class_names=["c", "a", "b"]))
+    assert len(set(map(fingerprint, found))) == 1 and found[0].class_counts.tolist() == [3, 2, 4]
+    assert load("folder", root, test_fraction=0.4, class_names=["c", "a"]).class_names == ["a", "b", "c"]
 
 
 # ---------------------------------------------------------------- files that cannot be read

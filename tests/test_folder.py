@@ -347,7 +347,7 @@ def test_other_data_is_refused(tmp_path):
     saved(tmp_path / "run", 1)
     with pytest.raises(ValueError, match="the images, labels or class names of some/tiny.npz have changed"):
         opened(tmp_path / "run", resume=True, prints="b2")
-    with pytest.raises(ValueError, match="other data: class 1 was 'bee', now 'cow'"):
+    with pytest.raises(ValueError, match="other data: a class was 'bee', now 'cow'"):
         opened(tmp_path / "run", resume=True, prints="b2", names=("ant", "cow"))
 
 
