@@ -56,7 +56,7 @@ class Run:
 
         with first_rank_first():
             path = args.out or default_folder(args, method)
-            begun_with = class_names_in(path) if args.resume else None  # so that a net's rows stay its classes
+            begun_with = class_names_in(path) if args.resume else None
             self.data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed,
                              train_list=args.train_list, test_list=args.test_list,
                              test_fraction=args.test_fraction, class_names=begun_with)
