@@ -239,13 +239,17 @@ def count_images(name, data_dir="data", train_list=None):
     try:
         if str(name).endswith(".npz"):
             return _npz_shape(name)[0]
-        if train_list:
-            return len(read_list(train_list).names)
-        if name == "folder":
-            root = _training_folder(Path(data_dir))
-            return sum(len(image_names(root / c)[0]) for c in class_folders(root))
+        return len(training_files(data_dir, train_list)) if train_list or name == "folder" else None
     except (OSError, ValueError, TypeError):
         return None
+
+
+def training_files(data_dir, train_list=None):
+    """Paths of all training images of a folder or a list. Raises ValueError, OSError."""
+    if train_list:
+        return [os.path.join(data_dir, name) for name in read_list(train_list).names]
+    root = _training_folder(Path(data_dir))
+    return [path for c in class_folders(root) for path in image_names(root / c)[0]]
 
 
 def _files_by_class(data_dir, train_list):

@@ -9,13 +9,14 @@ import hashlib
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from common.builders import (ASSETS, BUILDERS, CUT, FASHION_ORDER, LISTED, MATLAB, PUBLISHED, SOURCES, Own,
-                             build_listed, build_npz, image_side)
+                             build_listed, build_npz, count_images, image_side, training_files)
 from common.files import MissingFile, escape_unprintable, read_image, read_list
 from common.folder import atomic_write
 from common.longtail import (Dataset, ImageFiles, Images, balanced_subset, channel_statistics,
@@ -126,27 +127,71 @@ def look_at(paths, workers=1, what="files", decode=True):
     return wrong, histograms
 
 
+def find_unreadable(paths, workers=1, cache=None, what="files"):
+    """What is wrong with those image files that cannot be decoded: {path: a line}.
+
+    paths: bytes [n]. workers: threads. cache: a file that remembers which files were readable, by path, size
+    and time of change, so that a second call looks at new ones alone; of several processes one looks, while
+    the others wait for what it finds. what: the progress bar's name.
+    """
+    with _alone(cache):
+        readable, keys = _read_cache(cache), np.array([_file_key(path) for path in paths], np.uint64)
+        wrong, _ = look_at(np.unique(paths[~np.isin(keys, readable)]).tolist(), workers, what)
+        is_good = np.array([path not in wrong for path in paths.tolist()], bool)
+        if cache:
+            readable = np.union1d(readable, keys[is_good])
+            atomic_write(cache, lambda file: np.save(file, readable))
+    return wrong
+
+
+def count_readable(name, data_dir="data", train_list=None, workers=1, cache=None):
+    """`count_images` without those that cannot be decoded. workers, cache: as in `find_unreadable`."""
+    if not train_list and name != "folder":
+        return count_images(name)
+    try:
+        paths = np.array(list(map(os.fsencode, training_files(data_dir, train_list))))
+    except (OSError, ValueError):
+        return None
+    wrong = find_unreadable(paths, workers, cache, "read train") if len(paths) else {}
+    return sum(path not in wrong for path in paths.tolist())
+
+
+@contextmanager
+def _alone(cache):
+    """Let the other processes wait that want to look at image files and remember them beside `cache`."""
+    if not cache:
+        yield
+        return
+
+    folder, opened = Path(cache).parent, None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        import fcntl
+        opened = os.open(folder, os.O_RDONLY)
+        fcntl.flock(opened, fcntl.LOCK_EX)
+    except (ImportError, OSError) as reason:  # Windows; some network disks
+        note(f"{folder} cannot be locked ({reason}): each process looks at all image files")
+    try:
+        yield
+    finally:
+        if opened is not None:
+            os.close(opened)
+
+
 def leave_out_unreadable(data, workers=1, cache=None):
     """A data set without the image files that cannot be decoded, so that class counts are those of what can.
 
-    Prints each one and why. workers: threads. cache: a file that remembers which files were readable, by
-    path, size and time of change, so that a second call looks at new ones alone (under torchrun the first
-    process is to call this before the others). Raises ValueError where nothing is left of a class or split.
+    Prints each one and why. workers, cache: as in `find_unreadable`. Raises ValueError where nothing is left
+    of a class or split.
     """
-    readable, splits, lines = _read_cache(cache), {}, []
+    splits, lines = {}, []
     for part in ("train", "val", "test"):
         split = splits[part] = getattr(data, part)
-        if not isinstance(split, ImageFiles):
-            continue
-        keys = np.array([_file_key(path) for path in split.paths], np.uint64)
-        wrong, _ = look_at(np.unique(split.paths[~np.isin(keys, readable)]).tolist(), workers, f"read {part}")
-        is_good = np.array([path not in wrong for path in split.paths.tolist()])
-        splits[part] = split.subset(np.flatnonzero(is_good))
-        readable = np.union1d(readable, keys[is_good])
-        lines += [f"{part}: {line}" for line in wrong.values()]
-        if cache:
-            Path(cache).parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(cache, lambda file, keys=readable: np.save(file, keys))
+        if isinstance(split, ImageFiles):
+            wrong = find_unreadable(split.paths, workers, cache, f"read {part}")
+            is_good = [path not in wrong for path in split.paths.tolist()]
+            splits[part] = split.subset(np.flatnonzero(is_good))
+            lines += [f"{part}: {line}" for line in wrong.values()]
     if not lines:
         return data
 

@@ -4,6 +4,8 @@ import math
 import sys
 
 from common.builders import count_images, image_side
+from common.data import count_readable
+from common.folder import readable_cache
 from common.ranks import cores, fail
 
 BOOLEAN = argparse.BooleanOptionalAction
@@ -135,12 +137,15 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv=None):
         argv = sys.argv[1:] if argv is None else argv
+        wants_help = bool({"-h", "--help"} & set(argv))
         known, _ = self.parse_known_args([a for a in argv if a not in ("-h", "--help")])
 
         side = n = None
         if known.dataset not in self.recipes:
             side = image_side(known.dataset, known.data_dir, known.train_list)
-            n = count_images(known.dataset, known.data_dir, known.train_list)
+            named = known.dataset, known.data_dir, known.train_list
+            n = count_readable(*named, known.workers, readable_cache(known)) \
+                if known.skip_bad_images and not wants_help else count_images(*named)
         name, why = choose_recipe(known.recipe, known.dataset, side or 32, n, self.recipes)
         if name not in self.recipes:
             fail(f"unknown recipe {name!r}; known: {', '.join(self.recipes)}")

@@ -315,6 +315,11 @@ def default_folder(args, method):
     return Path(f"runs/{method}_{dataset}_seed{args.seed}")
 
 
+def readable_cache(args):
+    """Where it is remembered which image files can be read: beside --out, or for all runs without one."""
+    return Path(f"{args.out or 'runs/files'}.readable.npy")
+
+
 def check_free(path, resume):
     """Raise ValueError where a path cannot be a new folder, or with `resume` one to go on in."""
     if os.path.lexists(path) and not path.is_dir():

@@ -24,7 +24,7 @@ from common.data import leave_out_unreadable, load, write_lists
 from common.evaluate import Diverged, class_sums, gradient_norms, predict, scores, shot_groups, table
 from common.files import escape_unprintable
 from common.folder import (class_names_in, default_folder, device_name, load_checkpoint, open_folder,
-                           save_net)
+                           readable_cache, save_net)
 from common.loader import (Augmentation, Cut, UnreadableImage, count_steps, decoded, every_image,
                            make_loader)
 from common.longtail import ImageFiles, fingerprint
@@ -55,13 +55,12 @@ class Run:
         Cut(args.batch_size, rank(), ranks(), args.grad_accumulation)  # raises if it cannot be
 
         with first_rank_first():
-            path = args.out or default_folder(args, method)
-            begun_with = class_names_in(path) if args.resume else None
+            begun_with = class_names_in(args.out or default_folder(args, method)) if args.resume else None
             self.data = load(args.dataset, args.data_dir, args.imb_factor, args.subset_seed,
                              train_list=args.train_list, test_list=args.test_list,
                              test_fraction=args.test_fraction, class_names=begun_with)
-            if args.skip_bad_images:  # beside the run's folder lies which files could be read
-                self.data = leave_out_unreadable(self.data, args.workers, f"{path}.readable.npy")
+            if args.skip_bad_images:
+                self.data = leave_out_unreadable(self.data, args.workers, readable_cache(args))
             self.listed = self.data
             if isinstance(self.data.train, ImageFiles) and (args.image_size or 224) <= 64 and \
                     len(self.data.train) < FEW_FILES:

@@ -1,6 +1,7 @@
 """The room common/data.py (and common/assets/make.py): counts, subsets, every builder, the embedded set."""
 import gzip
 import hashlib
+import multiprocessing
 import os
 import pickle
 import re
@@ -17,6 +18,7 @@ from common.assets import make
 from common.data import (ASSETS, BUILDERS, CUT, FASHION_ORDER, LISTED, MATLAB, SOURCES, Dataset, Images,
                          cut_to_long_tail, fingerprint, image_side, leave_out_unreadable, load,
                          long_tail_counts, long_tail_indices, main, write_lists)
+from common.flags import Parser
 from tests.tiny import tiny_npz
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -614,6 +616,39 @@ def test_readable_files_are_looked_at_once(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert len(looked_at()) == 10 and "is damaged" in capsys.readouterr().out
     assert [path.name for path in cache.parent.iterdir()] == ["readable"]
+
+
+def test_a_recipe_is_chosen_by_what_can_be_read(tmp_path, monkeypatch):
+    root = write_tree(tmp_path / "set", {"a": 5, "b": 4})
+    (tmp_path / "list.txt").write_text("".join(f"train/a/{i}.png 0\n" for i in range(5)))
+    for i in range(3):
+        (root / "train" / "a" / f"{i}.png").write_bytes(b"junk")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dataset", "folder", "--data-dir", str(root), "--out", "run"]
+    for more, n in (([], 9), (["--skip-bad-images"], 6), (["--train-list", "list.txt"], 5),
+                    (["--train-list", "list.txt", "--skip-bad-images"], 2)):
+        args = Parser("A method.", {"small": {"epochs": 1}}).parse_args([*flags, *more])
+        assert args.recipe_why == f"{n} images of 20 pixels" and args.epochs == -(-2500 // n)
+    assert (tmp_path / "run.readable.npy").exists()  # the run itself need not look again
+
+
+def test_of_two_processes_one_looks_at_the_files_while_the_other_waits(tmp_path, monkeypatch):
+    from common import data as room
+    paths = load("folder", write_tree(tmp_path / "set", {"a": 4, "b": 3})).train.paths
+
+    def slowly(path):
+        with open(tmp_path / "read", "a") as file:
+            file.write("x")
+        time.sleep(0.02)
+        return Image.new("RGB", (4, 4))
+    monkeypatch.setattr(room, "read_image", slowly)
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=room.find_unreadable, args=(paths, 1, tmp_path / "cache")) for _ in "ab"]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert (tmp_path / "read").read_text() == "x" * 7
 
 
 # ---------------------------------------------------------------- load and image_side
