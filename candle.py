@@ -50,7 +50,7 @@ FASHION = dict(  # all ours
     evaluate_every=5, quick=dict(epochs=5, calibration_epochs=2), smoothing=[0.1, 0], head_median=[0.3, 0.7])
 RECIPES = {
     # smoothing: MiSLAS's by imbalance factor, or [D]'s; head_median: where these end (Table 8; [D])
-    "fashion_lt": FASHION, "small": dict(FASHION, image_size=48, epochs=8),  # own images; e_T never saw such
+    "fashion_lt": FASHION, "small": dict(FASHION, image_size=48),  # own images; e_T never saw such
     "cifar10_lt": dict(CIFAR, smoothing={10: [0.1, 0], 50: [0.2, 0], 100: [0.3, 0]}, head_median=[0.3, 0.7]),
     "cifar100_lt": dict(CIFAR, smoothing={10: [0.2, 0], 50: [0.3, 0], 100: [0.4, 0.1]},
                         head_median=[36 / 100, 71 / 100]),
