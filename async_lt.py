@@ -379,7 +379,7 @@ def main(args):
                 raise ValueError(f"{path} was trained on other classes than the {len(old)} of phase one here")
         with first_rank_first():  # which downloads the weights
             build_backbone(args.arch, run.data.image_size, pretrained=args.pretrained)
-        run.open()
+        run.open(stages=(args.plain is not False) + (not args.plain) * (1 if trained else 2))
 
     with run:
         if args.plain is not False:

@@ -410,7 +410,7 @@ def main(args):
             with first_rank_first():  # it may download
                 encoder = encoder_for(run.data, args.teacher, args.teacher_weights,
                                       args.teacher_normalisation, min(args.resolutions))
-        run.open()
+        run.open(1 if args.from_scratch or not args.calibration else 2 + args.baseline + 3 * args.ablation)
 
     own = [args.base_resolution]
     with run:

@@ -357,7 +357,7 @@ def main(args):
         trained = [load_model(path, run.data.class_names, args.arch) for path in paths]
         run.normalise_as(*(saved for _, saved in trained), paths=paths)
         build_backbone(args.arch, run.data.image_size)  # fails now if it cannot be built
-        run.open()
+        run.open(stages=1 if args.only_teacher else len(kinds) * (not trained) + 1)
 
     with run:
         kinds, teachers = [saved["augmentation"] for _, saved in trained] or kinds, Teachers()

@@ -14,6 +14,7 @@
 
 Never `break` out of these two loops: what stands behind their `yield` runs when the next round is asked for.
 """
+import textwrap
 import time
 from functools import cached_property
 
@@ -35,7 +36,9 @@ from common.stop import Stop
 from common.workers import LostWorker
 
 FEW_STEPS = 500
+REFRESH = 1.0  # seconds between two looks at the loss, each of which waits for the device
 FEW_FILES = 20_000  # up to 64 pixels so many are decoded once, 250 MB at the most
+FILES = {"result.json": "all scores", "log.jsonl": "a line an epoch", "last.pt": "for --resume"}
 UNTRAINED = {"best_all": None, "seconds": None, "images_per_second": None}  # of a stage that trains nothing
 
 
@@ -46,7 +49,7 @@ class Run:
 
     def __init__(self, method, args):
         self.method, self.args, self.stages = method, args, []
-        self.folder = self.last_outputs = None
+        self.folder = self.last_outputs = self.bar = None
         escape_unprintable()
         self.device = start_ranks(args.device)
         self.autocast = autocast(self.device, args.amp)
@@ -174,9 +177,10 @@ class Run:
 
     # ---------------------------------------------------------------- folder, stages, end
 
-    def open(self):
-        """Make the run's folder, or go on in it with --resume. Raises ValueError."""
-        args, data = self.args, self.data
+    def open(self, stages=None):
+        """Make the run's folder, or go on in it with --resume. stages: how many the run trains, for its bar.
+        Raises ValueError."""
+        args, data, self.num_stages = self.args, self.data, stages
         known_by = {"fingerprint": fingerprint(data), "class_names": list(data.class_names)}
         self.folder = open_folder(args, self.method, known_by, self.device)
         self.stop = Stop(args.time_limit, self.device)
@@ -186,10 +190,10 @@ class Run:
         sizes = shot_groups(data.class_counts)
         groups = ", ".join(f"{int(members.sum())} {group}" for group, members in sizes.items())
         precision = "bf16" if args.amp and supports_bf16(self.device) else "fp32"
-        say(f"{device_name(args.device)}, {precision}; {data.name}: {len(data.train):,} training images, "
-            f"{data.num_classes} classes ({groups})")
-        say(f"settings of the recipe {args.recipe} ({args.recipe_why}), images shown at "
-            f"{data.image_size} pixels; writing {self.folder.path}")
+        say_wrapped(f"{device_name(args.device)}, {precision}; {data.name}: {len(data.train):,} training "
+                    f"images, {data.num_classes} classes ({groups})")
+        say_wrapped(f"settings of the recipe {args.recipe} ({args.recipe_why}), images shown at "
+                    f"{data.image_size} pixels; writing {self.folder.path}")
 
     def __enter__(self):
         self.guard = bad_input(UnreadableImage, LostWorker, Diverged)
@@ -197,6 +201,8 @@ class Run:
         return self
 
     def __exit__(self, *reason):
+        if self.bar:
+            self.bar.close()
         return self.guard.__exit__(*reason)
 
     def add(self, name, result, outputs=None):
@@ -223,8 +229,9 @@ class Run:
             "class_counts": self.data.class_counts.tolist(), "stages": self.stages})
         self.stop.close()
         self.report()
-        left = ", ".join(sorted(path.name for path in self.folder.path.iterdir()))
-        say(f"wrote {self.folder.path} ({left}) in {result['seconds']:.0f} seconds")
+        names = sorted(path.name for path in self.folder.path.iterdir())
+        files = ", ".join(f"{name} ({FILES[name]})" if name in FILES else name for name in names)
+        say_wrapped(f"wrote {self.folder.path} in {tqdm.format_interval(result['seconds'])}: {files}")
         return result
 
     def report(self):
@@ -250,11 +257,13 @@ class Run:
             augmentation, self.seed(name, "augmentation"), getattr(self.args, "noise", 0.01)))
         state = self._open_stage(name, parts, optimizer)
         self._warn_of_few_steps(name, epochs, batch_size)
+        self.bar = self._bar(name, len(done) + 1, state["epoch"], epochs)
         peak_memory(self.device)  # from here on
         for number in range(state["epoch"], epochs):
             epoch = Epoch(self, name, number, epochs, loader, parts, optimizer, state)
             yield epoch
             epoch.close()
+        self.bar.close()
 
         stats = {"best_all": state["best_all"], "seconds": state["seconds"],
                  "images_per_second": state["images"] / state["seconds"],
@@ -262,14 +271,22 @@ class Run:
         save_net(path, self.method, model, self.data, augmentation=augmentation, **about)
         self.folder.save(done={**done, name: stats})
 
+    def _bar(self, name, number, done, epochs):
+        """A bar of a stage's epochs, on a terminal alone. The time left is the stage's: what a step of the
+        next one costs is not known before it."""
+        of = f" ({number} of {self.num_stages})" if self.num_stages else ""
+        return tqdm(desc=name + of, initial=done, total=epochs, leave=False, smoothing=0, miniters=0,
+                    mininterval=REFRESH, disable=None if rank() == 0 else True, dynamic_ncols=True,
+                    bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}")
+
     def _warn_of_few_steps(self, name, epochs, batch_size):
         """Say where a stage is too short, or a batch too large, to learn anything."""
         n = len(self.data.train)
         steps = epochs * count_steps(n, batch_size)
         if steps < FEW_STEPS:
             larger = f" (larger than the {n:,} training images)" if batch_size > n else ""
-            say(f"note: {name} takes only {steps} steps in batches of {batch_size}{larger}; nets that start "
-                f"from nothing want thousands: more epochs, or a smaller --batch-size")
+            say_wrapped(f"note: {name} takes only {steps} steps in batches of {batch_size}{larger}; nets "
+                        f"that start from nothing want thousands: more epochs, or a smaller --batch-size")
 
     def _load_finished(self, name, path, model):
         """The weights of a stage that a resumed run has finished."""
@@ -301,6 +318,11 @@ class Run:
                          optimizer=optimizer, done=self.folder.state.get("done", {}))
 
 
+def say_wrapped(text):
+    """`say` of a sentence, over lines of a terminal's 80 characters."""
+    say(textwrap.fill(text, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+
+
 class Epoch:
     """One epoch of a stage. number: from 0. generator: for the sampler. now: how many epochs are done, 3.25
     say; progress: the same in [0, 1]. is_scored: every --evaluate-every epochs, and the last."""
@@ -320,14 +342,15 @@ class Epoch:
         """This rank's batches of the training images at `indices`: (images, targets, share, ends_step).
         Behind a step the run may stop, with a checkpoint. At the end `row` holds the means of what `track`
         got."""
-        run, state = self.run, self.state
+        run, state, bar = self.run, self.state, self.run.bar
         self.steps = count_steps(len(indices), self.loader.cut.batch_size)
         started, first, starts_step = time.time() - state["seconds"], state["step"], True
         if first > 0:  # cut off in this epoch, by as many ranks or by others
             losses = state["losses"] / ranks()
             self.losses = torch.nn.functional.pad(losses, (0, self.steps - first)).to(run.device)
+            bar.n = bar.initial = self.number + first / self.steps
 
-        for batch in self._bar(self.loader.batches(indices, self.number, first), self.steps - first):
+        for batch in self.loader.batches(indices, self.number, first):
             if starts_step:  # for what draws from torch's own generators: masks, mixing, drop path
                 torch.manual_seed(run.seed(self.stage, "noise", self.number, state["step"], rank()))
             self.now = self.number + state["step"] / self.steps
@@ -335,6 +358,9 @@ class Epoch:
             starts_step = batch.ends_step
             if batch.ends_step:
                 state["step"] += 1
+                if bar.update(self.number + state["step"] / self.steps - bar.n):  # it is shown anew
+                    loss = ranks() * self.losses[0, :state["step"]].mean().item()
+                    bar.set_postfix_str(f"epoch {self.number + 1}/{self.epochs}, loss {loss:.3g}")
                 if run.stop.wanted():
                     state.update(losses=self.losses[:, :state["step"]], seconds=time.time() - started)
                     self._check_finite(state["losses"])
@@ -346,11 +372,6 @@ class Epoch:
         state.update(seconds=time.time() - started, images=state["images"] + len(indices),
                      means=dict(zip(state["terms"], losses.mean(1).tolist())))
         self.row = dict(state["means"])
-
-    def _bar(self, batches, steps):
-        return tqdm(batches, f"{self.stage}, epoch {self.number + 1}",
-                    steps * self.run.args.grad_accumulation, leave=False,
-                    disable=None if rank() == 0 else True)
 
     def track(self, **terms):
         """Add these losses, the one that is minimised first, to those of the step; without waiting for the

@@ -2,6 +2,7 @@
 import argparse
 import importlib
 
+import numpy as np
 import pytest
 
 from common import flags
@@ -44,6 +45,16 @@ def test_a_recipe_is_the_data_set_s_own_or_the_named_one_and_flags_win():
     assert (named.epochs, named.alpha) == (200, 3.0)
     assert parse(RECIPES, "--dataset", "imagenet_lt", "--quick").epochs == 5
     assert parse(RECIPES, "--dataset", "imagenet_lt", "--quick", "--epochs", "7").epochs == 7
+
+
+@pytest.mark.parametrize("n, side, epochs", [(250, 32, 200), (250, 40, 200), (250, 64, 100), (2400, 32, 21),
+                                             (2500, 32, 20), (4000, 32, 20)])
+def test_a_small_set_is_seen_as_often_as_gives_the_steps_of_a_larger_one(n, side, epochs, tmp_path):
+    np.savez_compressed(tmp_path / "mine.npz", x_train=np.zeros((n, side, side, 3), np.uint8))
+    recipes = {**RECIPES, "small": dict(epochs=20, warmup_epochs=1, lr=0.1, quick=dict(epochs=5))}
+    args = parse(recipes, "--dataset", str(tmp_path / "mine.npz"))
+    assert (args.recipe, args.epochs, args.warmup_epochs) == ("small", epochs, -(-epochs // 20))
+    assert parse(recipes, "--dataset", str(tmp_path / "mine.npz"), "--epochs", "3").epochs == 3
 
 
 @pytest.mark.parametrize("argv, words", [

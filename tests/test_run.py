@@ -1,11 +1,20 @@
 """What a run offers beside its scores: predictions of files, logits, a split of its own, what it says."""
+import contextlib
+import fcntl
 import json
+import os
+import re
+import struct
+import sys
+import termios
+import threading
 
 import numpy as np
 import pytest
 import torch
 
 from common import predict
+from common import run as common_run
 from common.data import load
 from common.loader import Augmentation, Cut, decoded, make_loader
 from tests.tiny import METHODS, image_folder, run
@@ -70,10 +79,12 @@ def test_a_split_of_the_script_is_left_as_lists_that_another_script_takes(tmp_pa
 
 def test_a_run_says_what_it_is_where_it_writes_and_that_it_is_too_short(tmp_path, capsys):
     run("cbd", tmp_path, "--second-stage", "class-balanced", "--teachers", "1", "--only-teacher", "1")
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())  # its lines have at most 80 characters
     assert "37 training images, 3 classes" in said and "settings of the recipe" in said
     assert "note: teacher 1, standard takes only 6 steps in batches of 16" in said
-    assert said.splitlines()[-1].startswith(f"wrote {tmp_path / 'run'} (last.pt, log.jsonl, result.json")
+    end = (rf"wrote {tmp_path / 'run'} in \d\d:\d\d: last.pt \(for --resume\), log.jsonl \(a line an "
+           r"epoch\), result.json \(all scores\), teacher_1.pt")
+    assert re.fullmatch(end, said[said.index("wrote "):])
     lines = (tmp_path / "run" / "result.json").read_text().splitlines()
     assert json.loads("".join(lines)) and len(lines) < 40  # a line a key
 
@@ -89,3 +100,42 @@ def test_small_sets_of_files_are_decoded_to_what_their_loader_would_stream(tmp_p
                                         .batches(np.arange(9)))) for data in (files, kept))
         assert torch.equal(streamed.images, resident.images)
         assert torch.equal(streamed.targets, resident.targets)
+
+
+@contextlib.contextmanager
+def terminal(monkeypatch):
+    """Inside, standard error is a pseudo terminal of 80 columns. Yields a list, to which what it got is added
+    at the end."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    shown, read = [], []
+
+    def until_it_closes():
+        with contextlib.suppress(OSError):  # Linux's way to say that nobody writes any more
+            while data := os.read(ours, 4096):
+                read.append(data)
+
+    reader = threading.Thread(target=until_it_closes)
+    with os.fdopen(theirs, "w") as stderr, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stderr)
+        reader.start()
+        yield shown
+    reader.join()
+    os.close(ours)
+    shown.append(b"".join(read).decode())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_terminal_s_bar_counts_stages_and_shows_loss_and_time_left(method, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common_run, "REFRESH", 0)
+    with terminal(monkeypatch) as shown:
+        run(method, tmp_path)
+    trained = dict.fromkeys(json.loads(line)["stage"]
+                            for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()[1:])
+    bars = re.findall(r"[\r\n]([^\r\n]+?) \((\d) of (\d)\) +\d+%\|.*?\| (\S+) left, epoch (\d)/2, loss (\S+)",
+                      shown[0])
+    assert list(dict.fromkeys(bar[:3] for bar in bars)) == [
+        (name, str(number), str(len(trained))) for number, name in enumerate(trained, 1)]
+    assert {bar[4] for bar in bars} == {"1", "2"} and all(float(bar[5]) >= 0 for bar in bars)
+    assert re.fullmatch(r"\d\d:\d\d", bars[-1][3])
+    assert shown[0].endswith("\r") and "%|" not in capsys.readouterr().out  # cleared, and never in a file
