@@ -56,6 +56,30 @@ def image_folder(folder, side=16, counts=(9, 5, 4), test=3):
                 Image.fromarray(image.astype(np.uint8)).save(folder / part / "abcde"[c] / f"{i:02}.png")
 
 
+def picture(path, size=(20, 20), **options):
+    """An image file of one colour but for one pixel, its folder made. Returns its path."""
+    from PIL import Image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new("RGB", size, (200, 100, 50))
+    image.putpixel((0, 0), (0, 0, 0))
+    image.save(path, **options)
+    return path
+
+
+def tree(root, sizes, parts=("train", "test"), size=(20, 20)):
+    """PNG files ROOT/PART/CLASS/0.png, ...: sizes[CLASS] to train on, two in any other part. Returns ROOT."""
+    for part in parts:
+        for name, count in sizes.items():
+            for i in range(count if part == "train" else 2):
+                picture(root / part / name / f"{i}.png", size)
+    return root
+
+
+def names_of(split, root):
+    """The paths of a split's image files, from ROOT on."""
+    return [os.path.relpath(os.fsdecode(path), root) for path in split.paths]
+
+
 # ---------------------------------------------------------------- a tiny run of each script
 
 class Row(NamedTuple):
