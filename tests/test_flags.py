@@ -87,6 +87,8 @@ def test_help_begins_with_the_method_s_flags_names_data_sets_and_shows_no_none(m
         importlib.import_module(method).parse_args(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0 and "(default: None)" not in shown
+    if method == "livt":  # whose nets it reads
+        assert "facebookresearch/mae, of LiVT's authors, or a plain ViT of timm" in shown
     assert shown.index("method:") < shown.index("data:") < shown.index("optimisation:") < shown.index("run:")
     for words in ("fashion_lt (embedded)", "cifar100_lt", "FILE.npz", "Defaults come from the recipe"):
         assert words in shown, words

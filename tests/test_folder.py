@@ -306,7 +306,8 @@ def test_resume_starts_where_nothing_is_and_refuses_other_settings_but_for_some(
     assert folder.state == {}
     folder.save(number=7)
     folder.close()
-    assert opened(tmp_path / "run", resume=True, workers=2).state["number"] == 7  # they change no number
+    changed = dict(workers=2, data_dir="moved", train_list="moved/train.txt")  # they change no number
+    assert opened(tmp_path / "run", resume=True, **changed).state["number"] == 7
     with pytest.raises(ValueError, match="started with other settings: --alpha None, now 0.5"):
         opened(tmp_path / "run", resume=True, workers=1, alpha=0.5)
 
