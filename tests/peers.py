@@ -128,11 +128,11 @@ class ReActBlock(nn.Module):
 
 
 class TextbookReActNet18(nn.Sequential):
-    def __init__(self, num_classes):
-        widths = [64] * 5 + [128] * 4 + [256] * 4 + [512] * 4
-        super().__init__(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64),
+    def __init__(self, num_classes, width=64):
+        widths = [width] * 5 + [2 * width] * 4 + [4 * width] * 4 + [8 * width] * 4
+        super().__init__(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width),
                          *(ReActBlock(a, b, 1 if a == b else 2) for a, b in zip(widths, widths[1:])),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes))
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, num_classes))
 
 
 class Attention(nn.Module):

@@ -16,6 +16,11 @@ from tests import benchmark, peers
 
 SIZES = dict(image_size=16, patch_size=4, width=24, depth=2, heads=3)
 DECODER = dict(decoder_width=16, decoder_depth=1, decoder_heads=2)
+NETS = {  # ours and the peer's
+    "ResNet-32": lambda: (nn.Sequential(CifarResNet(32), nn.Linear(64, 7)), peers.ResNet32(7)),
+    "ReActNet-18": lambda: (ReActNet18(7, 0.125, image_size=32), peers.TextbookReActNet18(7, 8)),
+    "ViT": lambda: (ViT(**SIZES, num_classes=7), peers.TextbookViT(**SIZES, num_classes=7)),
+    "MAE": lambda: (MAE(**SIZES, **DECODER), peers.TextbookMAE(**SIZES, **DECODER))}
 
 
 @pytest.fixture(scope="module")
@@ -25,72 +30,44 @@ def npz(tmp_path_factory):
     return str(path)
 
 
-def as_peer(peer, values):
-    """Our weights, in the order of the peer's, in the peer's net; a patch's pixels have channels last."""
-    for name, value in zip(peer.state_dict(), values, strict=True):
-        target = peer.state_dict()[name]
-        if name == "embed.weight":
-            value = value.view(len(value), *target.shape[2:], 3).permute(0, 3, 1, 2)
-        assert value.shape == target.shape, name
-        target.copy_(value)
-    return peer.double()
+def output(net, images):
+    """Logits, or an autoencoder's loss under seeded masks."""
+    torch.manual_seed(1)
+    if isinstance(net, MAE):
+        keep, restore, _ = random_masking(len(images), 16, 0.75)
+        return F.mse_loss(*net(images, keep, restore))
+    return net(images)[0] if isinstance(net, ViT) else net(images)
 
 
-def assert_same(ours, theirs, images):
-    """The same output, and the same gradient for the images."""
-    ours_in, theirs_in = images.clone().requires_grad_(), images.clone().requires_grad_()
-    out, expected = ours(ours_in), theirs(theirs_in)
-    torch.testing.assert_close(out, expected, rtol=1e-8, atol=1e-8)
-    weights = torch.randn_like(out)
-    (out * weights).sum().backward()
-    (expected * weights).sum().backward()
-    torch.testing.assert_close(ours_in.grad, theirs_in.grad, rtol=1e-6, atol=1e-8)
-    assert ours_in.grad.abs().max() > 0
-
-
-@pytest.fixture
-def images():
+@pytest.mark.parametrize("name", NETS)
+def test_the_peer_s_net_is_ours(name):
+    """The same output, and the same gradients for the images and for every weight."""
     torch.manual_seed(0)
-    return torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    net, peer = (each.double() for each in NETS[name]())
+    for parameter in net.parameters():  # nothing at its start; some binary weights above 1
+        parameter.data += 0.3 * torch.randn_like(parameter)
 
+    # in the order of the peer's state, which has kernels where ours has rows of a patch's pixels
+    state = net.state_dict()
+    names = sorted(state, key=lambda key: key not in ("encoder.class_token", "encoder.positions"))
+    kernel = lambda key, value: value.view(-1, 4, 4, 3).permute(0, 3, 1, 2) if key == "embed.weight" else value
+    pairs = dict(zip(peer.state_dict(), names, strict=True))
+    peer.load_state_dict({key: kernel(key, state[own]) for key, own in pairs.items()})
 
-def test_the_peer_s_resnet_is_ours(images):
-    net = nn.Sequential(CifarResNet(32), nn.Linear(64, 7))
-    peer = as_peer(peers.ResNet32(7), net.state_dict().values())
-    assert_same(net.double(), peer, images)
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    inputs = [images.clone().requires_grad_() for _ in range(2)]
+    outputs = [output(each, given) for each, given in zip((net, peer), inputs)]
+    torch.testing.assert_close(*outputs, rtol=1e-8, atol=1e-8)
 
-
-def test_the_peer_s_binary_net_is_ours(images):
-    net = ReActNet18(7, image_size=32)
-    for parameter in net.parameters():  # signs' thresholds and activations' shifts start at 0
-        if parameter.ndim == 4 and len(parameter) == 1:
-            nn.init.normal_(parameter, std=0.2)
-    peer = as_peer(peers.TextbookReActNet18(7), net.state_dict().values())
-    assert_same(net.double(), peer, images)
-
-
-def test_the_peer_s_vit_is_ours(images):
-    net = ViT(**SIZES, num_classes=7)
-    nn.init.normal_(net.head.weight)
-    peer = as_peer(peers.TextbookViT(**SIZES, num_classes=7), net.state_dict().values())
-    net.double()
-    assert_same(lambda x: net(x)[0], peer, images)
-
-
-def test_the_peer_s_autoencoder_is_ours(images):
-    net = MAE(**SIZES, **DECODER)
-    state = {name.removeprefix("encoder."): value for name, value in net.state_dict().items()}
-    first = ["class_token", "positions", "mask_token", "decoder_positions"]
-    peer = as_peer(peers.TextbookMAE(**SIZES, **DECODER),
-                   [state.pop(name) for name in first] + list(state.values()))
-    net.double()
-
-    def seeded(loss):  # the same masks
-        torch.manual_seed(1)
-        return loss().view(1)
-    keep_restore = lambda: random_masking(3, 16, 0.75)[:2]
-    assert_same(lambda x: seeded(lambda: F.mse_loss(*net(x, *keep_restore()))),
-                lambda x: seeded(lambda: peer(x)), images)
+    weights = torch.randn_like(outputs[0])
+    for each in outputs:
+        (each * weights).sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-6, atol=1e-8)
+    assert inputs[0].grad.any()
+    for key, parameter in peer.named_parameters():
+        if parameter.requires_grad:
+            ours = kernel(key, net.get_parameter(pairs[key]).grad)
+            torch.testing.assert_close(ours, parameter.grad, rtol=1e-6, atol=1e-8)
 
 
 def test_the_peer_s_loader_crops_flips_and_normalises(npz):
