@@ -1,4 +1,4 @@
-"""Panels of lines, dots and bars, drawn by matplotlib, for a paper's column."""
+"""Panels of lines, dots, bars and images, drawn by matplotlib, for a paper's column."""
 import math
 import textwrap
 
@@ -29,13 +29,14 @@ def draw(panels):
     """A matplotlib figure of the panels, two in a row. Raises ValueError.
 
     A panel is a dict: title; x, y: their labels; lines or bars: [(label, xs, ys)]. It may have dots: (xs, ys)
-    of each line; x_log, x_falls: True; level: where to draw a thin line, "y = x" or a height.
+    of each line; x_log, x_falls: True; level: where to draw a thin line, "y = x" or a height. Or instead of
+    all these it has images, in rows: [(label, pixels [H, W, 3] in [0, 1] of each, their frames' colours)].
     """
     from matplotlib.figure import Figure
 
     labels = [[label for label, xs, _ in panel.get("lines", []) + panel.get("bars", []) if len(xs)]
               for panel in panels]
-    if not panels or not all(labels):
+    if not panels or not all(each or panel.get("images") for each, panel in zip(labels, panels)):
         raise ValueError("these runs do not have what this picture shows")
     most = max(labels, key=len)
     if len(most) > len(COLOURS):
@@ -45,11 +46,14 @@ def draw(panels):
     columns, shared = min(2, len(panels)), all(each == most for each in labels)
     rows = math.ceil(len(panels) / columns)
     legend = 0.15 * max(sum(len(textwrap.wrap(label, WIDTH)) for label in each) for each in labels)
-    size = COLUMN * columns, 2.2 * rows + legend * (1 if shared else rows)
+    height = 0.9 * COLUMN if any("images" in panel for panel in panels) else 2.2
+    size = COLUMN * columns, height * rows + legend * (1 if shared else rows)
     figure = Figure(figsize=size, layout="constrained")
     for i, panel in enumerate(panels, 1):
         ax = figure.add_subplot(rows, columns, i)
         draw_panel(ax, panel)
+        if "images" in panel:
+            draw_images(ax, panel["images"])
         if not shared:  # below the panel, where nothing is hidden
             ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
     if shared:
@@ -84,3 +88,19 @@ def draw_panel(ax, panel):
         ax.xaxis.set_major_formatter("{x:g}")
     if panel.get("x_falls"):
         ax.invert_xaxis()
+
+
+def draw_images(ax, rows):
+    """Rows of framed images, as `draw` has them, into matplotlib's axes."""
+    from matplotlib.patches import Rectangle
+
+    for y, (_, images, colours) in enumerate(rows):
+        for x, (image, colour) in enumerate(zip(images, colours)):
+            ax.add_patch(Rectangle((x, y), 0.95, 0.95, color=colour))
+            ax.imshow(image, extent=(x + 0.07, x + 0.88, y + 0.88, y + 0.07), zorder=2)
+
+    ax.set(xlim=(0, len(rows[0][1])), ylim=(len(rows), 0), xticks=[])
+    ax.set_yticks([y + 0.5 for y in range(len(rows))], [label for label, _, _ in rows])
+    ax.tick_params(length=0)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)

@@ -11,6 +11,7 @@
     sweep        --values over a --flag: alpha, beta (CBD, Figures 2 and 3), memory_per_class, lambda_scale,
                  phase_one_classes (Asynchronous Modeling, Figures 2 and 3), tau, ...
     margins      what the balanced losses ask of a class beyond what CE and BCE ask (LiVT)
+    neighbours   training images nearest to test images of the rarest classes (CBD, Figure 4)
 
 Runs lie over one another, averaged over their seeds, a panel for each method and data set. --stages picks
 rows of the final table. Needs matplotlib, which requirements.txt leaves to you: pip install matplotlib
@@ -20,10 +21,17 @@ import json
 import math
 import statistics
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
-from common.evaluate import COLUMNS, shot_groups
-from common.figure import save
+import torch
+import torch.nn.functional as F
+
+from common.data import load
+from common.evaluate import COLUMNS, predict, shot_groups
+from common.figure import COLOURS, save
+from common.loader import Cut, make_loader
+from common.predict import load_any
 from common.summary import differing_flags, group_stages, once_a_seed
 
 SIZE, RANK = "training images of the class", "class, most to least frequent"
@@ -289,8 +297,48 @@ def margins(runs, args):
     return list(panels.values())
 
 
+def neighbours(runs, args):
+    """A panel for each net: the first test images of the six rarest classes, and the five training images
+    nearest to each by the cosine of their features."""
+    panels = []
+    for run in runs:
+        flags = run["args"]
+        data = load(flags["dataset"], flags["data_dir"], flags["imb_factor"], flags["subset_seed"],
+                    **{key: flags.get(key) for key in ("train_list", "test_list", "test_fraction")})
+        for file in ("teacher_1.pt", "student.pt"):
+            rows = nearest_images(data, *load_any(Path(run["path"]) / file))
+            panels.append(dict(title=f"{run['method']}, {run['dataset']}: {file}", images=rows, y="",
+                               x="left: test; blue: of the same class"))
+    return panels
+
+
+def nearest_images(data, model, saved):
+    """Rows of `draw`'s images, for `neighbours`; the rarest class is the last row."""
+    data.image_size, data.mean, data.std = saved["image_size"], saved["mean"], saved["std"]
+    test, train = (make_loader(split, data, Cut(256), "cpu") for split in (data.test, data.train))
+    rarest = [c for c in data.class_counts.argsort(kind="stable") if c in data.test.targets][5::-1]
+    chosen = [(data.test.targets == c).argmax() for c in rarest]
+
+    parts = (test, chosen), (train, range(len(data.train)))
+    tested, trained = (F.normalize(predict(model, loader.batches(indices), nullcontext)[1], dim=1)
+                       for loader, indices in parts)
+    nearest = (tested @ trained.t()).topk(5).indices.numpy()  # [rows, 5]
+
+    def pixels(loader, indices):
+        images = next(iter(loader.batches(indices))).images.permute(0, 2, 3, 1)
+        return (images * torch.tensor(data.std) + torch.tensor(data.mean)).clamp(0, 1).numpy()
+
+    rows = []
+    for c, query, indices in zip(rarest, pixels(test, chosen), nearest):
+        colours = [COLOURS[0] if own else COLOURS[1] for own in data.train.targets[indices] == c]
+        rows.append((f"{data.class_names[c]} ({data.class_counts[c]})", [query, *pixels(train, indices)],
+                     ["#777777", *colours]))
+    return rows
+
+
 KINDS = {"classes": classes, "gain": gain, "curves": curves, "reliability": reliability, "norms": norms,
-         "norm-gap": norm_gap, "cost": cost, "gradients": gradients, "sweep": sweep, "margins": margins}
+         "norm-gap": norm_gap, "cost": cost, "gradients": gradients, "sweep": sweep, "margins": margins,
+         "neighbours": neighbours}
 
 
 def main(argv=None):

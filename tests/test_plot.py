@@ -1,15 +1,21 @@
 """common/plot.py: each kind of picture shows the numbers of result.json and log.jsonl, and can be read."""
 import argparse
 import builtins
+import importlib.util
 import json
 import math
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
-from common.figure import LOOK, draw
+from common.augment import normalise
+from common.figure import COLOURS, LOOK, draw
 from common.plot import KINDS, main, read_run
+from common.predict import load_any
 
 ROOT = Path(__file__).parent.parent
 COUNTS = [10, 500, 100, 25]  # by id; from the most to the least frequent: classes 1, 2, 3, 0
@@ -161,7 +167,34 @@ def test_margins_are_the_balanced_losses_biases(two_seeds):
     assert bce == pytest.approx([math.log((635 - n) / n) for n in sizes])
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_neighbours_are_the_training_images_of_the_largest_cosine(whole, tmp_path):
+    folder, _ = whole("cbd")
+    arrays = np.load(folder.parent / "images.npz")
+    shown = panels("neighbours", str(folder))
+    for panel, file in zip(shown, ("teacher_1.pt", "student.pt"), strict=True):
+        model, saved = load_any(folder / file)
+
+        def feature(image):  # of one image alone
+            image = torch.tensor(image).permute(2, 0, 1)[None]
+            return model(normalise(image, saved["mean"], saved["std"]))[1][0].detach()
+
+        known = [feature(image) for image in arrays["x_train"]]
+        sizes = np.bincount(arrays["y_train"])
+        assert [label for label, _, _ in panel["images"]] == [
+            f"{c} ({sizes[c]})" for c in np.argsort(sizes, kind="stable")[::-1]]
+        for label, (query, *nearest), (_, *colours) in panel["images"]:
+            c = int(label.split()[0])
+            first = arrays["x_test"][arrays["y_test"] == c][0]
+            assert np.allclose(query, first / 255, atol=1e-5)
+            cosines = [F.cosine_similarity(feature(first), each, dim=0).item() for each in known]
+            order = sorted(range(len(known)), key=lambda i: -cosines[i])[:5]
+            assert np.allclose(nearest, arrays["x_train"][order] / 255, atol=1e-5)
+            assert colours == [COLOURS[0] if arrays["y_train"][i] == c else COLOURS[1] for i in order]
+    if importlib.util.find_spec("matplotlib"):
+        main(["neighbours", str(folder), "--out", str(tmp_path / "picture.png")])
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"neighbours"}))
 def test_the_figure_draws_every_number_and_nothing_hides_or_is_cut_off(kind, tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
