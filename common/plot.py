@@ -342,8 +342,8 @@ KINDS = {"classes": classes, "gain": gain, "curves": curves, "reliability": reli
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("python -m common.plot", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("kind", choices=KINDS, metavar="KIND", help="as above")
     add("runs", nargs="+", metavar="RUNS", help="run folders")

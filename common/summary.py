@@ -171,7 +171,7 @@ def write_csv(groups, file):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m common.summary", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, or result.json files")
     parser.add_argument("--csv", action="store_true", help="every score, as comma-separated values")
     args = parser.parse_args(argv)
