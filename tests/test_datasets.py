@@ -1,7 +1,7 @@
 """The papers' data sets of image files: builders, list files, the checker."""
 import json
 import re
-import subprocess
+import runpy
 import sys
 
 import numpy as np
@@ -509,12 +509,13 @@ def test_the_checker_names_each_fault(tmp_path, monkeypatch):
     assert len(check(data, None, fast=True)) == 2  # --fast sees the missing file and the one listed twice
 
 
-def test_the_checker_is_a_command_that_ends_with_1_and_ten_offenders(tmp_path):
+def test_the_checker_is_a_command_that_ends_with_1_and_ten_offenders(tmp_path, monkeypatch, capsys):
     write_listed(tmp_path, "places_lt")  # lists alone: every image is missing, and there are too few
-    done = subprocess.run([sys.executable, "-m", "common.data", "places_lt", "--data-dir", str(tmp_path),
-                           "--fast"], cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 1, done.stderr
-    lines = done.stdout.splitlines()
+    monkeypatch.setattr(sys, "argv", ["data.py", "places_lt", "--data-dir", str(tmp_path), "--fast"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "common" / "data.py"), run_name="__main__")
+    assert stop.value.code == 1
+    lines = capsys.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.endswith("things are wrong, the first ten:"))
     offenders = lines[start + 1:]
     assert len(offenders) == 10 and "train: 366, published: 62500" in offenders

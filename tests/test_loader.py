@@ -115,21 +115,18 @@ def test_seeds_differ_by_number_and_order():
     numbers = [(0,), (1,), (0, 1), (1, 2), (2, 1), (1, 2, 1), (1, 2, 0, 1), (1, 2, 3)]
     seeds = [mix_seed(*some) for some in numbers]
     assert len(set(seeds)) == len(seeds)
-    assert all(0 <= seed < 2 ** 63 for seed in seeds)  # what torch's manual_seed takes on every device
+    assert all(0 <= seed < 2**63 for seed in seeds)  # what torch's manual_seed takes on every device
 
 
 # ---------------------------------------------------------------- resident: none and standard
 
 def test_without_augmentation_a_batch_is_pixels_minus_mean_over_std():
-    images = random_images(10)
-    indices = [3, 9, 3, 0, 7, 7, 1, 2]
+    images, indices = random_images(10), [3, 9, 3, 0, 7, 7, 1, 2]
     batches = list(loader_of(tiny(images), 3).batches(indices))
     assert [len(batch.targets) for batch in batches] == [3, 3, 2]  # the last partial batch is kept
-    found = torch.cat([batch.images for batch in batches]).numpy()
-    for image, index in zip(found, indices):
-        for channel in range(3):
-            expected = (images[index, :, :, channel] / 255 - MEAN[channel]) / STD[channel]
-            assert np.allclose(image[channel], expected, rtol=0, atol=1e-5)
+    found = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1)
+    expected = (images[indices] / 255 - MEAN) / STD
+    assert np.allclose(found, expected, rtol=0, atol=1e-5)
     assert torch.cat([batch.targets for batch in batches]).tolist() == [i % 7 for i in indices]
 
 
@@ -145,12 +142,19 @@ def test_every_image_counts_once_among_the_ranks_and_no_rank_goes_without_a_batc
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
-def test_batches_are_float32_and_channels_last(augmentation):
-    for batch in loader_of(tiny(random_images(5)), 2, augmentation).batches(range(4)):
-        assert batch.images.is_contiguous(memory_format=torch.channels_last)
-        assert not batch.images.is_contiguous()
-        assert batch.images.dtype == torch.float32 and batch.targets.dtype == torch.int64
-        assert batch.images.shape == (2, 3, 12, 12)
+@pytest.mark.parametrize("size", [16, 24])
+def test_images_come_in_the_size_that_the_data_set_names_in_float32_and_channels_last(augmentation, size):
+    data = tiny(random_images(9, side=16) // 3 + 80)  # far from 0 and 255, where PIL cuts off in between
+    data.image_size = size
+    images, targets, _, _ = next(iter(loader_of(data, 9, augmentation).batches(range(9))))
+    assert images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    assert images.dtype == torch.float32 and targets.dtype == torch.int64
+    assert images.shape == (9, 3, size, size)
+    if augmentation == "none":
+        expected = np.stack([Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
+                             for image in data.train.images])
+        ours = 255 * (images.permute(0, 2, 3, 1) * torch.tensor(STD) + torch.tensor(MEAN))
+        assert np.abs(ours.numpy() - expected).max() < 1.5
 
 
 def crops_of(image):
@@ -187,11 +191,6 @@ def test_standard_augmentation_draws_every_crop_and_flip_equally_often():
     assert 50 < statistic  # far too even would mean a list of crops, not draws
 
 
-def test_a_repeated_image_is_cropped_anew():
-    images, _ = by_position(tiny(random_images(3)), [1, 1, 2, 1], 2, augmentation="standard")
-    assert not torch.equal(images[0], images[1]) and not torch.equal(images[0], images[3])
-
-
 # ---------------------------------------------------------------- the same images for any ranks, any resume
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
@@ -199,46 +198,29 @@ def test_images_do_not_depend_on_ranks_or_accumulation(augmentation):
     data = tiny(random_images(9))
     indices = np.random.RandomState(1).randint(0, 9, 18)  # the last global batch holds two images
     kw = dict(augmentation=augmentation, seed=5, epoch=2, noise=0.1)
-    images, targets = by_position(data, indices, 8, **kw)
+    expected, targets = by_position(data, indices, 8, **kw)
     assert targets.tolist() == (indices % 7).tolist()
-    for ranks, accumulation in ((2, 1), (1, 2), (2, 2), (4, 1)):
-        again, same_targets = by_position(data, indices, 8, ranks, accumulation, **kw)
-        assert torch.equal(same_targets, targets)
-        torch.testing.assert_close(again, images, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
-@pytest.mark.parametrize("ranks, accumulation", [(1, 1), (2, 2)])
-def test_a_last_image_that_joins_a_batch_stays_what_it_would_be_beside_another(augmentation, ranks,
-                                                                                accumulation):
-    data = tiny(random_images(9))
-    indices = np.random.RandomState(1).randint(0, 9, 18)
-    kw = dict(augmentation=augmentation, seed=5, noise=0.1)
-    images, targets = by_position(data, indices[:17], 8, ranks, accumulation, **kw)
-    expected, expected_targets = by_position(data, indices, 8, **kw)
-    torch.testing.assert_close(images, expected[:17], rtol=0, atol=1e-5)
-    assert torch.equal(targets, expected_targets[:17])
+    for n in (18, 17):  # of 17 the last image joins the batch before it, and stays what it would be
+        for ranks, accumulation in ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1)):
+            images, same_targets = by_position(data, indices[:n], 8, ranks, accumulation, **kw)
+            assert torch.equal(same_targets, targets[:n])
+            torch.testing.assert_close(images, expected[:n], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS[1:])
-def test_images_depend_on_seed_and_epoch(augmentation):
+def test_images_depend_on_seed_epoch_and_position_and_nothing_else(augmentation):
     data = tiny(random_images(9))
-    drawn = [by_position(data, range(9), 4, augmentation=augmentation, seed=seed, epoch=epoch)[0]
+    drawn = [by_position(data, [*range(8), 0], 4, augmentation=augmentation, seed=seed, epoch=epoch)[0]
              for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
     for i, images in enumerate(drawn):
+        assert not torch.equal(images[0], images[8])
         for other in drawn[:i]:
             assert (images != other).flatten(1).any(1).sum() >= 8  # one crop in 162 may agree
 
-
-@pytest.mark.parametrize("augmentation", AUGMENTATIONS[1:])
-def test_an_epoch_is_the_same_after_a_resume(augmentation):
-    data = tiny(random_images(9))
-    through, resumed = (loader_of(data, 4, augmentation, seed=3) for _ in range(2))
-    for epoch in range(3):
-        last = list(through.batches(range(9), epoch))
-    torch.rand(100)  # nor does it hang on the global generator
-    for batch, again in zip(last, resumed.batches(range(9), 2), strict=True):
-        assert torch.equal(batch.images, again.images) and torch.equal(batch.targets, again.targets)
+    through = loader_of(data, 4, augmentation, seed=1)
+    for epoch in (0, 1):  # drawn[3] is of a loader that has not gone through epoch 0, as after a resume
+        images = torch.cat([batch.images for batch in through.batches([*range(8), 0], epoch)])
+    assert torch.equal(images, drawn[3])
 
 
 # ---------------------------------------------------------------- colour jitter, greyscale, noise
@@ -257,7 +239,7 @@ def test_augmented_images_are_jittered_8_in_10_and_grey_2_in_10():
 
 @pytest.mark.parametrize("noise", [0.01, 0.003])
 def test_noise_has_the_sigma_asked_for_on_pixels_in_0_to_1(noise):
-    # Grey stays grey under the jitter, and 100 / 255 stays more than 6 sigma away from both ends of the clamp
+    # grey stays grey under the jitter, and 100 / 255 stays more than 6 sigma away from both ends of the clamp
     side, n = 24, 100
     data = tiny(np.full((1, side, side, 3), 100), mean=(0, 0, 0), std=(1, 1, 1))
     loader = loader_of(data, 40, "augmented", noise=noise)
@@ -265,6 +247,7 @@ def test_noise_has_the_sigma_asked_for_on_pixels_in_0_to_1(noise):
     pixels = images[:, :, 4:-4, 4:-4].double()  # without the padding
     levels = pixels.mean((1, 2, 3), keepdim=True)
     assert levels.std() > 0.05  # the jitter is on
+
     z = (pixels - levels) / noise
     # 76,800 numbers: sigma is known to .26%; a normal's mean absolute value is sqrt(2 / pi)
     assert z.std() == pytest.approx(1, abs=0.02)
@@ -296,15 +279,10 @@ def write_folder(root, images, ending="png", **kw):
     return load("folder", root)
 
 
-def numbers_of(data):
-    """Which of the images written each item of the training split is."""
-    return [int(bytes(path).decode().rsplit("/", 1)[1].split(".")[0]) for path in data.train.paths]
-
-
 def test_streamed_small_images_are_the_resident_ones(tmp_path):
     images = random_images(7, side=16)
     data = write_folder(tmp_path, images)
-    order = numbers_of(data)
+    order = [int(path[-7:-4]) for path in data.train.paths.tolist()]  # which image each file is
     resident = tiny(images[order], data.mean, data.std)
     resident.train.targets[:] = np.array(order) % 2
     found, targets = by_position(data, [4, 0, 0, 6, 2], 2)
@@ -338,24 +316,34 @@ def test_streamed_images_do_not_depend_on_ranks_or_accumulation(augmentation, tm
             assert not torch.equal(by_position(data, indices, 4, **{**kw, **other})[0], images)
 
 
-def test_worker_processes_give_the_same_batches_epoch_after_epoch(tmp_path):
-    data = write_folder(tmp_path, random_images(7, side=16))
+def test_workers_give_the_same_batches_epoch_after_epoch_and_live_on(tmp_path):
+    data, processes = write_folder(tmp_path, random_images(7, side=16)), set()
     workers = loader_of(data, 3, "augmented", seed=1, workers=2)
-    for epoch, indices in ((0, [0, 1, 2, 3, 4, 5, 6]), (1, [6, 2, 2, 0])):  # the workers live on
+    for epoch, indices in ((0, [0, 1, 2, 3, 4, 5, 6]), (1, [6, 2, 2, 0])):
         found = list(workers.batches(indices, epoch))
+        processes |= {worker.pid for worker in workers.loader._iterator._workers}
         fresh = loader_of(data, 3, "augmented", seed=1, workers=0)  # as after a resume
         for batch, expected in zip(found, fresh.batches(indices, epoch), strict=True):
             assert torch.equal(batch.images, expected.images) and torch.equal(batch.targets, expected.targets)
             assert (batch.share, batch.ends_step) == (expected.share, expected.ends_step)
             assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert len(processes) == 2  # so the next epoch begins at once
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
-def test_streamed_large_images_become_224_pixels(augmentation, tmp_path):
-    data = write_folder(tmp_path, np.random.RandomState(0).randint(0, 256, (3, 70, 100, 3), np.uint8))
-    batch, = loader_of(data, 3, augmentation).batches(range(3))
+def test_large_images_become_224_pixels_sent_as_bytes_where_that_will_do(augmentation, tmp_path):
+    data = write_folder(tmp_path, random_images(3, side=70))
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    loader = loader_of(data, 3, augmentation)
+    batch, = loader.batches(range(3))
+    assert torch.equal(torch.rand(3), expected)  # no random number of the process is taken
     assert batch.images.shape == (3, 3, 224, 224) and batch.images.dtype == torch.float32
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    sent = loader.loader.dataset[0, 0, 0]
+    assert (sent.dtype, sent.shape) == ((torch.float32, (3, 224, 224)) if augmentation in (
+        "augmented", "strong") else (torch.uint8, (224, 224, 3)))
 
 
 def test_a_large_image_is_evaluated_on_its_middle(tmp_path):
@@ -389,33 +377,19 @@ def test_random_resized_crops_take_5_to_100_percent_of_a_large_image(tmp_path):
     assert 30 < flips < 70
 
 
-def truncated_folder(root):
-    """Six JPEGs, the second of class b (image 3) cut in half. Returns the data set and the file's path."""
-    data = write_folder(root, random_images(6, side=40), "jpg", quality=95)
-    bad = root / "train" / "b" / "003.jpg"
+@pytest.mark.parametrize("damage, workers", [("half", 0), ("half", 1), (b"", 0), (b"junk", 0),
+                                             (b"\x89PNG\r\n\x1a\n", 0), ("gone", 0)])
+def test_an_image_that_cannot_be_decoded_raises_its_path(damage, workers, tmp_path):
+    data = write_folder(tmp_path, random_images(6, side=40), "jpg", quality=95)
+    bad = tmp_path / "train" / "b" / "003.jpg"
     whole = bad.read_bytes()
-    bad.write_bytes(whole[:len(whole) // 2])
-    return data, bad
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_truncated_image_raises_its_path(tmp_path, workers):
-    data, bad = truncated_folder(tmp_path)
+    bad.write_bytes(damage if isinstance(damage, bytes) else whole[:len(whole) // 2])
+    if damage == "gone":
+        bad.unlink()
     with pytest.raises(UnreadableImage, match="skip-bad-images") as caught:
         list(loader_of(data, 3, workers=workers).batches(range(6)))
     assert str(bad) in str(caught.value)
     assert isinstance(caught.value, ValueError)  # so a script ends with one line, not a traceback
-
-
-@pytest.mark.parametrize("content", [b"", b"junk", b"\x89PNG\r\n\x1a\n"], ids=["empty", "junk", "header"])
-def test_other_damage_and_missing_files_are_unreadable_too(tmp_path, content):
-    data, bad = truncated_folder(tmp_path)
-    bad.write_bytes(content)
-    with pytest.raises(UnreadableImage, match="003.jpg"):
-        list(loader_of(data, 3).batches(range(6)))
-    bad.unlink()
-    with pytest.raises(UnreadableImage, match="003.jpg"):
-        list(loader_of(data, 3).batches(range(6)))
 
 
 def test_a_jittered_set_varies_in_brightness_contrast_and_saturation_but_not_in_hue(tmp_path):
@@ -475,47 +449,3 @@ def test_workers_get_flat_arrays_and_no_list_of_paths(tmp_path):
     assert len(pickle.dumps(loader.sampler.parts)) < 20000
     assert max(len(pickle.dumps(chunk)) for chunk in loader.sampler) < 1000
     assert sum(map(len, loader.sampler)) == n and len(loader.sampler) == math.ceil(n / 256) * 16 - 14
-
-
-def test_workers_send_bytes_not_floats(tmp_path):
-    data = write_folder(tmp_path, random_images(4, side=70))
-    for augmentation in AUGMENTATIONS:
-        loader = loader_of(data, 4, augmentation)
-        image = loader.loader.dataset[0, 0, 0]
-        sent = (torch.float32, (3, 224, 224)) if augmentation in ("augmented", "strong") else \
-            (torch.uint8, (224, 224, 3))
-        assert (image.dtype, image.shape) == sent
-
-
-def test_no_random_number_of_the_process_is_taken(tmp_path):
-    data = write_folder(tmp_path, random_images(4, side=70))
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    for augmentation in AUGMENTATIONS:
-        torch.manual_seed(0)
-        list(loader_of(data, 4, augmentation).batches(range(4)))
-        assert torch.equal(torch.rand(3), expected)
-
-
-def test_a_worker_lives_on_so_that_the_next_epoch_begins_at_once(tmp_path):
-    loader = loader_of(write_folder(tmp_path, random_images(8)), 4, "standard", workers=1)
-    processes = set()
-    for epoch in range(3):
-        assert len(list(loader.batches(range(8), epoch))) == 2
-        processes |= {worker.pid for worker in loader.loader._iterator._workers}
-    assert len(processes) == 1
-
-
-# ---------------------------------------------------------------- resized crops, RandAugment, erasing, mixing
-
-@pytest.mark.parametrize("augmentation", ["none", "standard", "resized", "strong"])
-def test_images_come_in_the_size_that_the_data_set_names(augmentation):
-    data = tiny(random_images(9, side=16) // 3 + 80)  # far from 0 and 255, where PIL cuts off in between
-    data.image_size = 24
-    images = next(iter(loader_of(data, 9, augmentation).batches(range(9)))).images
-    assert images.shape == (9, 3, 24, 24)
-    if augmentation == "none":
-        expected = np.stack([Image.fromarray(image).resize((24, 24), Image.Resampling.BICUBIC)
-                             for image in data.train.images])
-        ours = 255 * (images.permute(0, 2, 3, 1) * torch.tensor(STD) + torch.tensor(MEAN))
-        assert np.abs(ours.numpy() - expected).max() < 1.5

@@ -135,84 +135,72 @@ def test_safetensors_are_read_where_the_package_is(tmp_path):
 
 # ---------------------------------------------------------------- CIFAR ResNets
 
-class TextbookBlock(nn.Module):
-    """He et al.'s basic block, its shortcut every second pixel between zero channels."""
+def textbook_weights(blocks, classifier="linear"):
+    """Random weights of akamaster/pytorch_resnet_cifar10's net under its names, with statistics that show."""
+    layers, state = [("", 1, 3, 16)], {}  # (prefix, number, width before, width)
+    for group, width in enumerate((16, 32, 64), 1):
+        for i in range(blocks):
+            before = width // 2 if group > 1 and i == 0 else width
+            layers += [(f"layer{group}.{i}.", 1, before, width), (f"layer{group}.{i}.", 2, width, width)]
 
-    def __init__(self, width_in, width, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
-        if out.shape != x.shape:
-            x = x[:, :, ::2, ::2]
-            zeros = torch.zeros_like(x[:, :x.shape[1] // 2])
-            x = torch.cat([zeros, x, zeros], 1)
-        return (out + x).relu()
+    for prefix, number, before, width in layers:
+        state[f"{prefix}conv{number}.weight"] = torch.randn(width, before, 3, 3) / (9 * before) ** 0.5
+        state |= {f"{prefix}bn{number}.{name}": torch.rand(width) + 0.5
+                  for name in ("weight", "bias", "running_mean", "running_var")}
+        state[f"{prefix}bn{number}.num_batches_tracked"] = torch.tensor(1)
+    return state | {f"{classifier}.weight": torch.randn(10, 64), f"{classifier}.bias": torch.randn(10)}
 
 
-class TextbookResNet(nn.Module):
-    """The net of akamaster/pytorch_resnet_cifar10 under its key names, with statistics that show."""
+def textbook_resnet(state, images, blocks):
+    """He et al.'s net, its shortcuts every second pixel between zero channels: features [N, 64]."""
+    def conv_bn(x, prefix, number, stride=1):
+        x = F.conv2d(x, state[f"{prefix}conv{number}.weight"], stride=stride, padding=1)
+        return F.batch_norm(x, *(state[f"{prefix}bn{number}.{name}"]
+                                 for name in ("running_mean", "running_var", "weight", "bias")))
 
-    def __init__(self, depth, classifier="linear", num_classes=10):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        width_in = 16
-        for group, width in enumerate((16, 32, 64), 1):
-            blocks = []
-            for i in range((depth - 2) // 6):
-                blocks.append(TextbookBlock(width_in, width, 2 if group > 1 and i == 0 else 1))
-                width_in = width
-            setattr(self, f"layer{group}", nn.Sequential(*blocks))
-        self.classifier_name = classifier
-        setattr(self, classifier, nn.Linear(64, num_classes))
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.running_mean, -0.1, 0.1)
-                nn.init.uniform_(module.running_var, 0.5, 1.5)
-
-    def forward(self, images):
-        x = self.bn1(self.conv1(images)).relu()
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return getattr(self, self.classifier_name)(x.mean((2, 3)))
+    x = conv_bn(images, "", 1).relu()
+    for group in (1, 2, 3):
+        for i in range(blocks):
+            prefix, stride = f"layer{group}.{i}.", 2 if group > 1 and i == 0 else 1
+            out = conv_bn(conv_bn(x, prefix, 1, stride).relu(), prefix, 2)
+            if stride == 2:
+                x = x[:, :, ::2, ::2]
+                zeros = torch.zeros_like(x[:, :x.shape[1] // 2])
+                x = torch.cat([zeros, x, zeros], 1)
+            x = (out + x).relu()
+    return x.mean((2, 3))
 
 
-def our_logits(state, arch, images):
-    """Logits of our net with the renamed weights and their classifier."""
-    found, state = cifar_resnet_state(state)
+def assert_computes_the_textbook_s(path, blocks, classifier="linear"):
+    """Our net and our encoder of a file give the features, and with the classifier the logits, of its net."""
+    state, images, arch = read_state_dict(path), torch.randn(3, 3, 32, 32), f"resnet{6 * blocks + 2}"
+    expected = textbook_resnet(state, images, blocks)
+    found, ours = cifar_resnet_state(state)
     assert found == arch
-    net = build_backbone(arch, pretrained=state).eval()
-    return F.linear(net(images), state["fc.weight"], state["fc.bias"])
+    torch.testing.assert_close(build_backbone(arch, pretrained=ours).eval()(images), expected)
+    assert torch.equal(ours["fc.weight"], state[f"{classifier}.weight"])
+    assert torch.equal(ours["fc.bias"], state[f"{classifier}.bias"])
 
-
-@pytest.mark.parametrize("depth, classifier, prefix, wrap", [
-    (20, "linear", "module.", "state_dict"), (32, "fc", "", "state_dict_model"), (14, "linear", "", None)])
-@torch.no_grad()
-def test_a_public_cifar_resnet_computes_the_same_under_our_names(tmp_path, depth, classifier, prefix, wrap):
-    torch.manual_seed(0)
-    theirs, images = TextbookResNet(depth, classifier).eval(), torch.randn(3, 3, 32, 32)
-    state = {prefix + name: value for name, value in theirs.state_dict().items()}
-    path = saved(tmp_path / "net.th", {wrap: state, "best_prec1": 91.7} if wrap else state)
-    arch = f"resnet{depth}"
-    torch.testing.assert_close(our_logits(read_state_dict(path), arch, images), theirs(images))
     encoder = load_encoder(arch, path)
-    torch.testing.assert_close(getattr(theirs, classifier)(encoder(images).mean((2, 3))), theirs(images))
+    torch.testing.assert_close(encoder(images).mean((2, 3)), expected)
     assert not any(p.requires_grad for p in encoder.parameters())
 
 
-@pytest.mark.skipif(not TEACHERS.is_dir(), reason="needs public weights under data/teachers")
+@pytest.mark.parametrize("blocks, classifier, prefix, wrap", [
+    (3, "linear", "module.", "state_dict"), (5, "fc", "", "state_dict_model"), (2, "linear", "", None)])
 @torch.no_grad()
-def test_akamaster_s_files_compute_what_a_textbook_net_computes():
+def test_a_public_cifar_resnet_computes_the_same_under_our_names(tmp_path, blocks, classifier, prefix, wrap):
     torch.manual_seed(0)
-    images = torch.randn(4, 3, 32, 32)
-    for depth, file in ((20, "resnet20-12fca82f.th"), (56, "resnet56-4bfd9763.th")):
-        state = read_state_dict(TEACHERS / file)
-        theirs = TextbookResNet(depth).eval()
-        theirs.load_state_dict(state)
-        torch.testing.assert_close(our_logits(state, f"resnet{depth}", images), theirs(images))
+    state = {prefix + name: value for name, value in textbook_weights(blocks, classifier).items()}
+    path = saved(tmp_path / "net.th", {wrap: state, "best_prec1": 91.7} if wrap else state)
+    assert_computes_the_textbook_s(path, blocks, classifier)
+
+
+@pytest.mark.skipif(not TEACHERS.is_dir(), reason="needs public weights under data/teachers")
+@pytest.mark.parametrize("blocks, file", [(3, "resnet20-12fca82f.th"), (9, "resnet56-4bfd9763.th")])
+@torch.no_grad()
+def test_akamaster_s_files_compute_what_a_textbook_net_computes(blocks, file):
+    assert_computes_the_textbook_s(TEACHERS / file, blocks)
 
 
 def test_our_own_names_stay_and_other_nets_are_refused(tmp_path):
@@ -258,7 +246,6 @@ def test_a_stored_normalisation_that_is_none_is_refused_by_name(mean, tmp_path):
     assert normalisation_of(path) == [1, 1, 1, 0.2, 0.25, 0.5]
 
 
-
 def test_names_that_mean_no_file_pass_and_unknown_encoders_are_refused():
     assert backbone_weights(None, "resnet18") is None
     assert backbone_weights("ImageNet-1K", "resnet18") == "ImageNet-1K"
@@ -275,80 +262,72 @@ def test_names_that_mean_no_file_pass_and_unknown_encoders_are_refused():
 SIZES = dict(image_size=16, patch_size=4, width=16, depth=2, heads=4)
 
 
-class TextbookViT(nn.Module):
-    """A plain vision transformer under the key names of facebookresearch/mae, LiVT and timm. norm: "norm",
-    over all tokens, or "fc_norm", over the mean of the patch tokens."""
+def vit_state_of(norm):
+    """Random weights of a vision transformer under the names of facebookresearch/mae, LiVT and timm. norm:
+    "norm", over all tokens, or "fc_norm", over the mean of the patch tokens."""
+    D = SIZES["width"]
+    shapes = {"cls_token": (1, 1, D), "pos_embed": (1, 17, D), "patch_embed.proj.weight": (D, 3, 4, 4),
+              "patch_embed.proj.bias": (D,), "head.weight": (5, D), "head.bias": (5,)}
+    linear = {"attn.qkv": (3 * D, D), "attn.proj": (D, D), "mlp.fc1": (4 * D, D), "mlp.fc2": (D, 4 * D)}
+    for i in range(SIZES["depth"]):
+        for name, shape in linear.items():
+            shapes |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
+    norms = [norm, *(f"blocks.{i}.norm{n}" for i in range(SIZES["depth"]) for n in (1, 2))]
+    shapes |= {f"{name}.{part}": (D,) for name in norms for part in ("weight", "bias")}
+    return {name: torch.randn(shape) / 4 + ("norm" in name) for name, shape in shapes.items()}
 
-    def __init__(self, norm, num_classes=5):
-        super().__init__()
-        D = SIZES["width"]
-        self.cls_token, self.pos_embed = (nn.Parameter(torch.randn(1, n, D)) for n in (1, 17))
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, D, 4, 4)
-        self.blocks = nn.ModuleList()
-        for _ in range(SIZES["depth"]):
-            block = nn.Module()
-            block.norm1, block.norm2 = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
-            block.attn, block.mlp = nn.Module(), nn.Module()
-            block.attn.qkv, block.attn.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
-            block.mlp.fc1, block.mlp.fc2 = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
-            self.blocks.append(block)
-        setattr(self, norm, nn.LayerNorm(D, eps=1e-6))
-        self.head = nn.Linear(D, num_classes)
-        for name, value in self.named_parameters():
-            if "norm" in name:
-                nn.init.uniform_(value, 0.5, 1.5)
 
-    def tokens(self, images):
-        x = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
-        for block in self.blocks:
-            q, k, v = block.attn.qkv(block.norm1(x)).chunk(3, dim=2)
-            heads = []
-            for a, b, c in zip(*(part.chunk(SIZES["heads"], dim=2) for part in (q, k, v))):
-                heads.append((a @ b.transpose(1, 2) / a.shape[2] ** 0.5).softmax(2) @ c)
-            x = x + block.attn.proj(torch.cat(heads, 2))
-            x = x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
-        return x
-
-    def forward(self, images):
-        return self.head(self.fc_norm(self.tokens(images)[:, 1:].mean(1)))
+def textbook_vit(state, images):
+    """Tokens [N, 17, D] of a plain vision transformer with such weights, and a norm to call by its name."""
+    linear = lambda name, x: F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+    norm = lambda name, x: F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
+    kernel, bias = state["patch_embed.proj.weight"], state["patch_embed.proj.bias"]
+    x = F.conv2d(images, kernel, bias, stride=4).flatten(2).transpose(1, 2)
+    x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], 1) + state["pos_embed"]
+    for i in range(SIZES["depth"]):
+        block = f"blocks.{i}"
+        qkv = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", x)).unflatten(2, (3, SIZES["heads"], -1))
+        mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2)
+        x = x + linear(f"{block}.attn.proj", mixed)
+        hidden = F.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", x)))
+        x = x + linear(f"{block}.mlp.fc2", hidden)
+    return x, norm
 
 
 @torch.no_grad()
 def test_a_fine_tuned_mae_has_the_same_logits_under_our_names(tmp_path):
     torch.manual_seed(0)
-    theirs, images = TextbookViT("fc_norm").eval(), torch.randn(3, 3, 16, 16)
-    path = saved(tmp_path / "vit.pth", {"model": theirs.state_dict(), "args": argparse.Namespace(lr=1e-3)})
+    theirs, images = vit_state_of("fc_norm"), torch.randn(3, 3, 16, 16)
+    path = saved(tmp_path / "vit.pth", {"model": theirs, "args": argparse.Namespace(lr=1e-3)})
     ours = ViT(**SIZES, num_classes=5).eval()
     ours.load_state_dict(vit_state(read_state_dict(path)))
-    torch.testing.assert_close(ours(images)[0], theirs(images))
+    tokens, norm = textbook_vit(theirs, images)
+    features = norm("fc_norm", tokens[:, 1:].mean(1))
+    expected = F.linear(features, theirs["head.weight"], theirs["head.bias"])
+    torch.testing.assert_close(ours(images)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_the_encoder_of_a_pre_trained_mae_has_the_same_tokens_under_our_names(tmp_path):
     torch.manual_seed(0)
-    theirs, images = TextbookViT("norm").eval(), torch.randn(3, 3, 16, 16)
-    state = {name: value for name, value in theirs.state_dict().items() if not name.startswith("head.")}
+    theirs, images = vit_state_of("norm"), torch.randn(3, 3, 16, 16)
     decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 17, 8),
                "decoder_blocks.0.attn.qkv.weight": torch.zeros(24, 8), "decoder_pred.bias": torch.zeros(48)}
-    path = saved(tmp_path / "mae.pth", {"model": {**state, **decoder}, "epoch": 800})
+    path = saved(tmp_path / "mae.pth", {"model": {**theirs, **decoder}, "epoch": 800})
     ours = ViT(**SIZES).eval()
-    ours.load_state_dict(vit_weights(path, SIZES))
-    tokens = ours.tokens(patchify(images, 4))
-    torch.testing.assert_close(tokens, theirs.tokens(images))
-    torch.testing.assert_close(ours.norm(tokens), theirs.norm(theirs.tokens(images)))
+    ours.load_state_dict(vit_weights(path, SIZES))  # without the head
+    tokens, (expected, norm) = ours.tokens(patchify(images, 4)), textbook_vit(theirs, images)
+    torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.norm(tokens), norm("norm", expected), rtol=1e-4, atol=1e-4)
 
 
-def test_a_classifier_is_left_out_and_our_own_encoder_is_read(tmp_path):
-    path = saved(tmp_path / "vit.pth", {"model": TextbookViT("norm").state_dict()})
-    assert vit_weights(path, SIZES).keys() == ViT(**SIZES).state_dict().keys()
+def test_our_own_encoder_is_read(tmp_path):
     own = MAE(**SIZES, decoder_width=8, decoder_depth=1, decoder_heads=2).encoder.state_dict()
     assert same(vit_weights(saved(tmp_path / "mgp.pt", {"what": "mgp", "state_dict": own}), SIZES), own)
 
 
 def test_positions_of_another_grid_are_resized_only_if_asked(tmp_path):
-    theirs = TextbookViT("norm").state_dict()
+    theirs = vit_state_of("norm")
     path, larger = saved(tmp_path / "vit.pth", theirs), {**SIZES, "image_size": 32}
     assert torch.equal(vit_weights(path, larger)["positions"], theirs["pos_embed"])
     resized = vit_weights(path, larger, resize=True)["positions"]
@@ -362,17 +341,16 @@ def test_positions_of_another_grid_are_resized_only_if_asked(tmp_path):
     (dict(depth=1), "blocks.1.* left over"),
     (dict(patch_size=8), r"patch_embed.weight is .*48\], not .*192\]")])
 def test_a_vit_of_other_sizes_is_refused(tmp_path, sizes, words):
-    path = saved(tmp_path / "vit.pth", TextbookViT("norm").state_dict())
+    path = saved(tmp_path / "vit.pth", vit_state_of("norm"))
     with pytest.raises(ValueError, match=f"vit.pth holds a dict of .*a ViT of image_size.*{words}"):
         vit_weights(path, {**SIZES, **sizes})
 
 
 @pytest.mark.parametrize("name", ["dist_token", "blocks.0.ls1.gamma", "blocks.0.attn.q_bias",
                                   "norm_pre.weight", "blocks.0.attn.relative_position_bias_table"])
-def test_what_is_no_plain_vit_is_refused_by_name(tmp_path, name):
-    state = {**TextbookViT("norm").state_dict(), name: torch.zeros(3)}
+def test_what_is_no_plain_vit_is_refused_by_name(name):
     with pytest.raises(ValueError, match=f"a {name} is not part of a plain vision transformer"):
-        vit_weights(saved(tmp_path / "vit.pth", state), SIZES)
+        vit_state({**vit_state_of("norm"), name: torch.zeros(3)})
 
 
 # ---------------------------------------------------------------- timm

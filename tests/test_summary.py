@@ -1,18 +1,15 @@
 """common/summary.py: mean and standard deviation over seeds; results/ shows what its raw files say."""
 import csv
-import io
 import json
 import re
+import runpy
 import statistics
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from common.summary import group_stages, main, markdown, read_results, write_csv
-
-ROOT = Path(__file__).parent.parent
+from common.summary import main
+from tests.tiny import ROOT
 
 
 def result(seed, accuracy, name="student", seconds=10.0, dataset="set", **args):
@@ -22,116 +19,103 @@ def result(seed, accuracy, name="student", seconds=10.0, dataset="set", **args):
             "args": {"lr": 0.1, "alpha": 0.4, "binarize": True, **args}}
 
 
-def write(tmp_path, *results):
-    for number, content in enumerate(results):
-        (tmp_path / str(number)).mkdir()
-        (tmp_path / str(number) / "result.json").write_text(json.dumps(content))
-    return [str(tmp_path / str(number)) for number in range(len(results))]
+@pytest.fixture
+def summary(tmp_path, capsys):
+    """summary(results, *flags): what the command prints of runs with these results, in TMP_PATH/0, ..."""
+    def of(results, *flags):
+        for number, content in enumerate(results):
+            (tmp_path / str(number)).mkdir()
+            (tmp_path / str(number) / "result.json").write_text(json.dumps(content))
+        main([*(str(tmp_path / str(number)) for number in range(len(results))), *flags])
+        return capsys.readouterr().out
+    return of
 
 
-def table(paths):
-    return markdown(group_stages(read_results(paths)[0]))
+@pytest.fixture
+def error(capsys):
+    """error(run, *argv): the one line that run(*argv) ends with."""
+    def of(run, *argv):
+        with pytest.raises(SystemExit) as stop:
+            run(*argv)
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 2 and line.startswith("error: ")
+        return line
+    return of
 
 
-def error_of(capsys, *argv):
-    """The one line that `main` ends with."""
-    with pytest.raises(SystemExit) as stop:
-        main(list(argv))
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and error.startswith("error: ")
-    return error
-
-
-def test_a_row_is_the_mean_and_the_sample_standard_deviation_over_seeds(tmp_path):
+def test_a_row_is_the_mean_and_the_sample_standard_deviation_over_seeds(summary):
     values = [70.0, 74.0, 75.0]
-    text = table(write(tmp_path, *(result(seed, value) for seed, value in enumerate(values))))
+    text = summary([result(seed, value) for seed, value in enumerate(values)])
     assert f"| student | 3 | 74.0 ± {statistics.stdev(values):.1f} | - |" in text  # no medium
     assert f"73.0 ± {statistics.stdev(values):.1f} | 10.0 ± 0.0 |" in text
     assert "settings" not in text and "40.0" not in text  # MCE is in result.json and in the CSV alone
 
 
-def test_a_stage_that_two_runs_share_counts_once_a_seed_with_the_time_of_the_run_that_trained_it(tmp_path):
-    text = table(write(tmp_path, *(result(0, 70.0, seconds=seconds) for seconds in (None, 8.0, None))))
+def test_a_stage_that_two_runs_share_counts_once_a_seed_with_the_time_of_the_run_that_trained_it(summary):
+    text = summary([result(0, 70.0, seconds=seconds) for seconds in (None, 8.0, None)])
     assert "| student | 1 | 71.0 | - | 69.0 | 70.0 | 8.0 |" in text
 
 
-def test_a_stage_that_does_not_classify_has_no_scores(tmp_path):
+def test_a_stage_that_does_not_classify_has_no_scores(summary):
     runs = [result(seed, 70.0) for seed in (0, 1)]
     for run in runs:
         run["stages"].insert(0, {"name": "mgp", "all": None, "seconds": 5.0})
-    assert "| mgp | 2 | - | - | - | - | 5.0 ± 0.0 |" in table(write(tmp_path, *runs))
+    assert "| mgp | 2 | - | - | - | - | 5.0 ± 0.0 |" in summary(runs)
 
 
-def test_runs_that_differ_under_one_name_seed_and_settings_are_refused(tmp_path, capsys):
-    paths = write(tmp_path, result(0, 70.0), result(0, 75.0))
-    error = error_of(capsys, *paths)
-    assert all(path in error for path in paths) and "70.0 and 75.0" in error
+def test_runs_that_differ_under_one_name_seed_and_settings_are_refused(summary, error, tmp_path):
+    line = error(summary, [result(0, 70.0), result(0, 75.0)])
+    assert f"{tmp_path}/0" in line and f"{tmp_path}/1" in line and "70.0 and 75.0" in line
 
 
-def test_other_settings_have_a_row_of_their_own_that_names_what_differs(tmp_path):
-    paths = write(tmp_path, result(0, 70.0, out="a"), result(1, 72.0, out="b"), result(1, 60.0, lr=0.2),
-                  result(0, 50.0, lr=0.2, binarize=False))
-    text = table(paths)
+def test_other_settings_have_a_row_of_their_own_that_names_what_differs(summary):
+    text = summary([result(0, 70.0, out="a"), result(1, 72.0, out="b"), result(1, 60.0, lr=0.2),
+                    result(0, 50.0, lr=0.2, binarize=False), result(0, 20.0, dataset="other", lr=0.3)])
     assert "| cbd, set | settings | seeds |" in text
     assert "| student | binarize, lr 0.1 | 2 | 72.0 ± 1.4 |" in text  # over seeds, whatever --out says
     assert "| student | binarize, lr 0.2 | 1 | 61.0 |" in text
     assert "| student | no binarize, lr 0.2 | 1 | 51.0 |" in text
+    assert "| cbd, other | seeds |" in text  # a table of its own
 
 
-def test_a_teacher_that_runs_of_other_settings_share_has_one_row(tmp_path):
+def test_a_teacher_that_runs_of_other_settings_share_has_one_row(summary):
     runs = []
     for alpha, scores in ((0.2, (70.0, 71.0)), (0.4, (75.0, 76.0))):
         for seed in (0, 1):
             runs.append(result(seed, scores[seed], alpha=alpha, teacher_checkpoints=[f"runs/{seed}.pt"]))
             teacher = result(seed, 60.0 + seed, "teacher 1", None, alpha=alpha)["stages"][0]
             runs[-1]["stages"].insert(0, teacher)
-    text = table(write(tmp_path, *runs[1:], runs[0]))  # in no order
+    text = summary([*runs[1:], runs[0]])  # in no order
     assert text.count("| teacher 1 |") == 1 and "| teacher 1 |  | 2 | 61.5 ± 0.7 |" in text
     assert "| student | alpha 0.2 | 2 |" in text and "| student | alpha 0.4 | 2 |" in text
 
 
-def test_data_sets_get_tables_of_their_own(tmp_path):
-    text = table(write(tmp_path, result(0, 70.0), result(0, 20.0, dataset="other", lr=0.3)))
-    assert "| cbd, set | seeds |" in text and "| cbd, other | seeds |" in text
-
-
-def test_what_is_unfinished_is_left_out_with_a_note(tmp_path, capsys):
-    paths = write(tmp_path, result(0, 70.0))
+def test_what_is_unfinished_missing_or_broken_is_named(summary, error, tmp_path, capsys):
     (tmp_path / "cut_off").mkdir()
     (tmp_path / "cut_off" / "log.jsonl").write_text("{}\n")
     (tmp_path / "queue.log").write_text("")
-    main([*paths, str(tmp_path / "cut_off"), str(tmp_path / "queue.log")])
+    summary([result(0, 70.0)])
+    main([str(tmp_path / name) for name in ("0", "cut_off", "queue.log")])
     out, err = capsys.readouterr()
     assert "| student | 1 | 71.0 |" in out
     assert err.startswith("note: ") and err.count("\n") == 1 and "cut_off" in err and "queue.log" in err
-    assert "none of these runs is finished" in error_of(capsys, str(tmp_path / "cut_off"))
+
+    (tmp_path / "0" / "result.json").write_text("{")
+    for name, words in (("cut_off", "none of these runs is finished"), ("nowhere", "nowhere"),
+                        ("0", "result.json")):
+        assert words in error(main, [str(tmp_path / name)])
 
 
-def test_what_is_missing_or_broken_is_named(tmp_path, capsys):
-    assert "nowhere" in error_of(capsys, str(tmp_path / "nowhere"))
-    path, = write(tmp_path, result(0, 70.0))
-    Path(path, "result.json").write_text("{")
-    assert "result.json" in error_of(capsys, path)
-
-
-def test_csv_holds_every_score(tmp_path):
-    paths = write(tmp_path, result(0, 70.0), result(1, 72.0), result(0, 60.0, lr=0.2, resolutions=[16, 32]))
-    file = io.StringIO()
-    write_csv(group_stages(read_results(paths)[0]), file)
-    first, second = csv.DictReader(io.StringIO(file.getvalue()))
+def test_csv_holds_every_score(summary):
+    runs = [result(0, 70.0), result(1, 72.0), result(0, 60.0, lr=0.2, resolutions=[16, 32])]
+    first, second = csv.DictReader(summary(runs, "--csv").splitlines())
     assert list(first.values())[:5] == ["cbd", "set", "student", "lr 0.1", "2"]
     assert (float(first["all"]), float(first["all_std"])) == (71.0, round(2 ** 0.5, 4))
     assert (first["medium"], first["mce"], first["ncm"]) == ("", "40.0", "")
     assert (second["settings"], second["all"], second["all_std"]) == ("lr 0.2", "60.0", "")
 
 
-def test_summary_is_a_command(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "common.summary", *write(tmp_path, result(0, 70.0))],
-                          cwd=ROOT, text=True, capture_output=True, check=True)
-    assert done.stdout.startswith("| cbd, set | seeds |")
-
-
-def test_every_table_in_results_is_what_summary_prints_from_the_raw_files(capsys):
+def test_every_table_in_results_is_what_the_command_prints(capsys, monkeypatch):
     pages = sorted((ROOT / "results").glob("*.md"))
     assert pages
     for page in pages:
@@ -139,16 +123,17 @@ def test_every_table_in_results_is_what_summary_prints_from_the_raw_files(capsys
         commands = re.findall(r"^python -m common\.summary (.+)$", text, re.M)
         assert commands or page.stem not in ("cbd", "async_lt", "livt", "candle"), page
         for command in commands:
-            main([str(path) for pattern in command.split() for path in sorted(ROOT.glob(pattern))])
+            paths = [str(path) for pattern in command.split() for path in sorted(ROOT.glob(pattern))]
+            monkeypatch.setattr(sys, "argv", ["summary.py", *paths])
+            runpy.run_path(str(ROOT / "common" / "summary.py"), run_name="__main__")
             for line in capsys.readouterr().out.strip().splitlines():
                 assert line in text, (page, line)
-        for log in {path.parent for path in (ROOT / "results").rglob("result.json")}:
-            assert (log / "log.jsonl").exists(), log
+    for log in {path.parent for path in (ROOT / "results").rglob("result.json")}:
+        assert (log / "log.jsonl").exists(), log
 
 
 def test_every_score_of_the_readme_s_results_table_is_a_cell_of_a_table_in_results():
-    readme = (ROOT / "README.md").read_text()
-    lines = readme.split("## The commands")[0].splitlines()
+    lines = (ROOT / "README.md").read_text().split("## The commands")[0].splitlines()
     rows = [line.split("|") for line in lines if re.search(r"\d ->", line)]
     shown = "".join(page.read_text() for page in (ROOT / "results").glob("*.md"))
     assert [row[1].strip() for row in rows] == ["`cbd.py`", "`async_lt.py`", "`livt.py`", "`candle.py`"]
