@@ -258,6 +258,7 @@ BAD_NPZ = {  # fault: the arrays that are other than they should be
     "label beyond class_names": lambda a: dict(class_names=["a", "b"]),
     "class without a training image": lambda a: dict(y_train=a["y_train"] * 2),
     "class name without a training image": lambda a: dict(class_names=["a", "b", "c", "d"]),
+    "one class": lambda a: dict(y_train=a["y_train"] * 0, y_test=a["y_test"] * 0),
     "two classes of one name": lambda a: dict(class_names=["a", "b", "a"]),
     "x_val without y_val": lambda a: dict(x_val=a["x_test"]),
     "val label out of range": lambda a: dict(x_val=a["x_test"], y_val=a["y_test"] + 7),

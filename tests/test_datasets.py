@@ -133,17 +133,6 @@ def test_lists_of_ones_own_take_spaces_and_any_line_ends(tmp_path):
         assert data.class_names == ["a b", "c", "d"] and data.val is None and data.color_jitter == jitter
 
 
-def test_a_folder_takes_lists_of_ones_own_and_looks_at_their_images(tmp_path):
-    lists = own_lists(tmp_path)
-    with pytest.raises(ValueError, match="can be decoded"):
-        load("folder", tmp_path, **lists)
-    for path, _ in TRAIN + TEST:
-        picture(tmp_path / path, (40, 30))
-    data = load("folder", tmp_path, **lists)
-    assert data.image_size == 40 == image_side("folder", tmp_path)  # the recipe is a small set's
-    assert data.color_jitter == 0 and data.class_counts.tolist() == [2, 1, 1]
-
-
 def test_one_list_of_ones_own_stands_beside_the_data_sets_other(tmp_path):
     rows = write_listed(tmp_path, "places_lt")
     write_list(tmp_path / "mine.txt", rows["test"][:5])
@@ -183,6 +172,7 @@ FAULTS = {  # what is wrong: training rows, test rows, what the error says
     "negative label": ([("c/8.jpg", -1), *TRAIN], TEST, "mine train.txt, line 1: must be .* 'c/8.jpg -1'"),
     "label before the path": (TRAIN, [(1, "c/8.jpg")], "mine test.txt, line 1: must be .* '1 c/8.jpg'"),
     "empty list": (TRAIN, [], "mine test.txt is empty"),
+    "one class": (TRAIN[:1], [("a b/7.jpg", 0)], "one class alone, a b"),
 }
 
 
@@ -204,6 +194,7 @@ def test_a_missing_folder_or_list_and_a_bad_json_are_refused_by_name(tmp_path):
         load("places_lt", tmp_path, **lists)
 
     for content, message in (("{", "is not an iNaturalist"), ('{"images": []}', "is not an iNaturalist"),
+                             ("[" * 100_000, "is not an iNaturalist"),  # nested deeper than Python's stack
                              ('{"images": [], "annotations": [], "categories": []}', "has no annotations")):
         (tmp_path / "train2018.json").write_text(content)
         with pytest.raises(ValueError, match=f"train2018.json {message}"):

@@ -257,6 +257,10 @@ def test_an_out_or_a_runs_that_is_no_folder_is_refused(kind, tmp_path, monkeypat
         with pytest.raises(ValueError, match=f"{tmp_path}/run is (a link that leads to )?no folder"):
             opened(tmp_path / "run", resume)
     assert os.path.lexists("run") and not Path("runs").exists()  # and nothing went elsewhere
+    put(Path("runs/cbd_tiny_seed3"), kind)
+    with pytest.raises(ValueError, match="runs/cbd_tiny_seed3 is (a link that leads to )?no folder"):
+        opened(None, resume=True)
+    Path("runs").rename("other")
     put(tmp_path / "runs", kind)
     with pytest.raises((ValueError, OSError), match="runs"):
         opened(None)
@@ -267,28 +271,14 @@ def test_a_taken_folder_is_refused_and_a_default_one_is_numbered(tmp_path, monke
     with pytest.raises(ValueError, match="is taken; name another --out, or continue it with --resume"):
         opened(tmp_path / "run")
     (tmp_path / "empty").mkdir()
-    opened(tmp_path / "empty").close()
+    (tmp_path / "link").symlink_to("empty")
+    assert (saved(tmp_path / "link", 1) / "last.pt").samefile(tmp_path / "empty" / "last.pt")
 
     monkeypatch.chdir(tmp_path)
     for name in ("cbd_tiny_seed3", "cbd_tiny_seed3-2"):
         assert opened(None).path == Path("runs") / name
     put(Path("runs/cbd_tiny_seed3-3"), "dangling link")
     assert opened(None).path == Path("runs/cbd_tiny_seed3-4") and not Path("nowhere").exists()
-
-
-def test_a_default_folder_that_is_no_folder_is_not_resumed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    put(Path("runs/cbd_tiny_seed3"), "dangling link")
-    with pytest.raises(ValueError, match="a link that leads to no folder"):
-        opened(None, resume=True)
-    assert not Path("nowhere").exists()
-
-
-def test_a_folder_under_a_link_to_a_folder_is_that_folder(tmp_path):
-    (tmp_path / "there").mkdir()
-    (tmp_path / "here").symlink_to("there")
-    saved(tmp_path / "here", 1)
-    assert (tmp_path / "there" / "last.pt").is_file()
 
 
 @pytest.mark.parametrize("out", ["file/run", "x" * 300, "/proc/run"])

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.models import VisionTransformer, resnet18
+from torchvision.models.resnet import BasicBlock
 
 from common.pretrained import (backbone_weights, cifar_resnet_state, load_encoder, normalisation_of,
                                read_state_dict, vit_state, vit_weights)
@@ -135,54 +137,47 @@ def test_safetensors_are_read_where_the_package_is(tmp_path):
 
 # ---------------------------------------------------------------- CIFAR ResNets
 
-def textbook_weights(blocks, classifier="linear"):
-    """Random weights of akamaster/pytorch_resnet_cifar10's net under its names, with statistics that show."""
-    layers, state = [("", 1, 3, 16)], {}  # (prefix, number, width before, width)
-    for group, width in enumerate((16, 32, 64), 1):
-        for i in range(blocks):
-            before = width // 2 if group > 1 and i == 0 else width
-            layers += [(f"layer{group}.{i}.", 1, before, width), (f"layer{group}.{i}.", 2, width, width)]
-
-    for prefix, number, before, width in layers:
-        state[f"{prefix}conv{number}.weight"] = torch.randn(width, before, 3, 3) / (9 * before) ** 0.5
-        state |= {f"{prefix}bn{number}.{name}": torch.rand(width) + 0.5
-                  for name in ("weight", "bias", "running_mean", "running_var")}
-        state[f"{prefix}bn{number}.num_batches_tracked"] = torch.tensor(1)
-    return state | {f"{classifier}.weight": torch.randn(10, 64), f"{classifier}.bias": torch.randn(10)}
+def shortcut(x):
+    """Every second pixel, between halves of zero channels."""
+    half = x.shape[1] // 2
+    return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, half))
 
 
-def textbook_resnet(state, images, blocks):
-    """He et al.'s net, its shortcuts every second pixel between zero channels: features [N, 64]."""
-    def conv_bn(x, prefix, number, stride=1):
-        x = F.conv2d(x, state[f"{prefix}conv{number}.weight"], stride=stride, padding=1)
-        return F.batch_norm(x, *(state[f"{prefix}bn{number}.{name}"]
-                                 for name in ("running_mean", "running_var", "weight", "bias")))
+class TextbookResNet(nn.Module):
+    """The net of akamaster/pytorch_resnet_cifar10 under its names, of torchvision's blocks, with statistics
+    that show. Images -> features [N, 64]."""
 
-    x = conv_bn(images, "", 1).relu()
-    for group in (1, 2, 3):
-        for i in range(blocks):
-            prefix, stride = f"layer{group}.{i}.", 2 if group > 1 and i == 0 else 1
-            out = conv_bn(conv_bn(x, prefix, 1, stride).relu(), prefix, 2)
-            if stride == 2:
-                x = x[:, :, ::2, ::2]
-                zeros = torch.zeros_like(x[:, :x.shape[1] // 2])
-                x = torch.cat([zeros, x, zeros], 1)
-            x = (out + x).relu()
-    return x.mean((2, 3))
+    def __init__(self, blocks, classifier="linear"):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        for group, width in enumerate((16, 32, 64), 1):
+            first = BasicBlock(width // 2, width, 2, shortcut) if group > 1 else BasicBlock(16, 16)
+            others = [BasicBlock(width, width) for _ in range(blocks - 1)]
+            setattr(self, f"layer{group}", nn.Sequential(first, *others))
+        setattr(self, classifier, nn.Linear(64, 10))
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.running_mean, -0.1, 0.1)
+                nn.init.uniform_(module.running_var, 0.5, 1.5)
+
+    def forward(self, images):
+        x = self.bn1(self.conv1(images)).relu()
+        return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
 
 
 def assert_computes_the_textbook_s(path, blocks, classifier="linear"):
-    """Our net and our encoder of a file give the features, and with the classifier the logits, of its net."""
+    """Our net and our encoder of a file give the features of its net, and keep its classifier."""
     state, images, arch = read_state_dict(path), torch.randn(3, 3, 32, 32), f"resnet{6 * blocks + 2}"
-    expected = textbook_resnet(state, images, blocks)
+    theirs = TextbookResNet(blocks, classifier).eval()
+    theirs.load_state_dict(state)
     found, ours = cifar_resnet_state(state)
     assert found == arch
-    torch.testing.assert_close(build_backbone(arch, pretrained=ours).eval()(images), expected)
+    torch.testing.assert_close(build_backbone(arch, pretrained=ours).eval()(images), theirs(images))
     assert torch.equal(ours["fc.weight"], state[f"{classifier}.weight"])
     assert torch.equal(ours["fc.bias"], state[f"{classifier}.bias"])
 
     encoder = load_encoder(arch, path)
-    torch.testing.assert_close(encoder(images).mean((2, 3)), expected)
+    torch.testing.assert_close(encoder(images).mean((2, 3)), theirs(images))
     assert not any(p.requires_grad for p in encoder.parameters())
 
 
@@ -191,7 +186,8 @@ def assert_computes_the_textbook_s(path, blocks, classifier="linear"):
 @torch.no_grad()
 def test_a_public_cifar_resnet_computes_the_same_under_our_names(tmp_path, blocks, classifier, prefix, wrap):
     torch.manual_seed(0)
-    state = {prefix + name: value for name, value in textbook_weights(blocks, classifier).items()}
+    state = TextbookResNet(blocks, classifier).state_dict()
+    state = {prefix + name: value for name, value in state.items()}
     path = saved(tmp_path / "net.th", {wrap: state, "best_prec1": 91.7} if wrap else state)
     assert_computes_the_textbook_s(path, blocks, classifier)
 
@@ -220,7 +216,6 @@ def test_our_own_names_stay_and_other_nets_are_refused(tmp_path):
 # ---------------------------------------------------------------- torchvision's names
 
 def test_a_file_with_torchvision_s_names_is_a_start_and_a_teacher(tmp_path):
-    from torchvision.models import resnet18
     torch.manual_seed(0)
     theirs, images = resnet18(num_classes=7).eval(), torch.randn(2, 3, 96, 96)
     path = saved(tmp_path / "net.pth", {"arch": "resnet18", "state_dict": {
@@ -260,65 +255,54 @@ def test_names_that_mean_no_file_pass_and_unknown_encoders_are_refused():
 # ---------------------------------------------------------------- vision transformers
 
 SIZES = dict(image_size=16, patch_size=4, width=16, depth=2, heads=4)
+NAMES = {  # in torchvision's vision transformer: in that of facebookresearch/mae, LiVT and timm
+    "class_token": "cls_token", "conv_proj": "patch_embed.proj", "encoder.pos_embedding": "pos_embed",
+    "encoder.layers.encoder_layer_": "blocks.", "ln_": "norm", "self_attention.in_proj_": "attn.qkv.",
+    "self_attention.out_proj": "attn.proj", "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2", "heads.head": "head"}
 
 
-def vit_state_of(norm):
-    """Random weights of a vision transformer under the names of facebookresearch/mae, LiVT and timm. norm:
-    "norm", over all tokens, or "fc_norm", over the mean of the patch tokens."""
-    D = SIZES["width"]
-    shapes = {"cls_token": (1, 1, D), "pos_embed": (1, 17, D), "patch_embed.proj.weight": (D, 3, 4, 4),
-              "patch_embed.proj.bias": (D,), "head.weight": (5, D), "head.bias": (5,)}
-    linear = {"attn.qkv": (3 * D, D), "attn.proj": (D, D), "mlp.fc1": (4 * D, D), "mlp.fc2": (D, 4 * D)}
-    for i in range(SIZES["depth"]):
-        for name, shape in linear.items():
-            shapes |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
-    norms = [norm, *(f"blocks.{i}.norm{n}" for i in range(SIZES["depth"]) for n in (1, 2))]
-    shapes |= {f"{name}.{part}": (D,) for name in norms for part in ("weight", "bias")}
-    return {name: torch.randn(shape) / 4 + ("norm" in name) for name, shape in shapes.items()}
+def public_vit(norm="norm"):
+    """torchvision's net with random weights, and these under public names. norm: "norm", over all tokens, or
+    "fc_norm", over the mean of the patch tokens."""
+    net, state = VisionTransformer(16, 4, 2, 4, 16, 64, num_classes=5).eval(), {}
+    for name, value in net.state_dict().items():
+        value.copy_(torch.randn(value.shape) / 4 + ("ln" in name))
+        for theirs, public in {**NAMES, "encoder.ln": norm}.items():
+            name = name.replace(theirs, public)
+        state[name] = value
+    return net, state
 
 
-def textbook_vit(state, images):
-    """Tokens [N, 17, D] of a plain vision transformer with such weights, and a norm to call by its name."""
-    linear = lambda name, x: F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
-    norm = lambda name, x: F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
-    kernel, bias = state["patch_embed.proj.weight"], state["patch_embed.proj.bias"]
-    x = F.conv2d(images, kernel, bias, stride=4).flatten(2).transpose(1, 2)
-    x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], 1) + state["pos_embed"]
-    for i in range(SIZES["depth"]):
-        block = f"blocks.{i}"
-        qkv = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", x)).unflatten(2, (3, SIZES["heads"], -1))
-        mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2)
-        x = x + linear(f"{block}.attn.proj", mixed)
-        hidden = F.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", x)))
-        x = x + linear(f"{block}.mlp.fc2", hidden)
-    return x, norm
+def tokens_of(net, images):
+    """torchvision's tokens [N, 17, D] before the last norm."""
+    x = net.conv_proj(images).flatten(2).transpose(1, 2)
+    x = torch.cat([net.class_token.expand(len(x), -1, -1), x], 1)
+    return net.encoder.layers(x + net.encoder.pos_embedding)
 
 
 @torch.no_grad()
 def test_a_fine_tuned_mae_has_the_same_logits_under_our_names(tmp_path):
     torch.manual_seed(0)
-    theirs, images = vit_state_of("fc_norm"), torch.randn(3, 3, 16, 16)
-    path = saved(tmp_path / "vit.pth", {"model": theirs, "args": argparse.Namespace(lr=1e-3)})
+    (net, state), images = public_vit("fc_norm"), torch.randn(3, 3, 16, 16)
+    path = saved(tmp_path / "vit.pth", {"model": state, "args": argparse.Namespace(lr=1e-3)})
     ours = ViT(**SIZES, num_classes=5).eval()
     ours.load_state_dict(vit_state(read_state_dict(path)))
-    tokens, norm = textbook_vit(theirs, images)
-    features = norm("fc_norm", tokens[:, 1:].mean(1))
-    expected = F.linear(features, theirs["head.weight"], theirs["head.bias"])
+    expected = net.heads(net.encoder.ln(tokens_of(net, images)[:, 1:].mean(1)))
     torch.testing.assert_close(ours(images)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_the_encoder_of_a_pre_trained_mae_has_the_same_tokens_under_our_names(tmp_path):
     torch.manual_seed(0)
-    theirs, images = vit_state_of("norm"), torch.randn(3, 3, 16, 16)
+    (net, state), images = public_vit(), torch.randn(3, 3, 16, 16)
     decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 17, 8),
                "decoder_blocks.0.attn.qkv.weight": torch.zeros(24, 8), "decoder_pred.bias": torch.zeros(48)}
-    path = saved(tmp_path / "mae.pth", {"model": {**theirs, **decoder}, "epoch": 800})
+    path = saved(tmp_path / "mae.pth", {"model": {**state, **decoder}, "epoch": 800})
     ours = ViT(**SIZES).eval()
     ours.load_state_dict(vit_weights(path, SIZES))  # without the head
-    tokens, (expected, norm) = ours.tokens(patchify(images, 4)), textbook_vit(theirs, images)
+    tokens, expected = ours.tokens(patchify(images, 4)), tokens_of(net, images)
     torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(ours.norm(tokens), norm("norm", expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.norm(tokens), net.encoder.ln(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_our_own_encoder_is_read(tmp_path):
@@ -327,7 +311,7 @@ def test_our_own_encoder_is_read(tmp_path):
 
 
 def test_positions_of_another_grid_are_resized_only_if_asked(tmp_path):
-    theirs = vit_state_of("norm")
+    theirs = public_vit()[1]
     path, larger = saved(tmp_path / "vit.pth", theirs), {**SIZES, "image_size": 32}
     assert torch.equal(vit_weights(path, larger)["positions"], theirs["pos_embed"])
     resized = vit_weights(path, larger, resize=True)["positions"]
@@ -341,7 +325,7 @@ def test_positions_of_another_grid_are_resized_only_if_asked(tmp_path):
     (dict(depth=1), "blocks.1.* left over"),
     (dict(patch_size=8), r"patch_embed.weight is .*48\], not .*192\]")])
 def test_a_vit_of_other_sizes_is_refused(tmp_path, sizes, words):
-    path = saved(tmp_path / "vit.pth", vit_state_of("norm"))
+    path = saved(tmp_path / "vit.pth", public_vit()[1])
     with pytest.raises(ValueError, match=f"vit.pth holds a dict of .*a ViT of image_size.*{words}"):
         vit_weights(path, {**SIZES, **sizes})
 
@@ -350,7 +334,7 @@ def test_a_vit_of_other_sizes_is_refused(tmp_path, sizes, words):
                                   "norm_pre.weight", "blocks.0.attn.relative_position_bias_table"])
 def test_what_is_no_plain_vit_is_refused_by_name(name):
     with pytest.raises(ValueError, match=f"a {name} is not part of a plain vision transformer"):
-        vit_state({**vit_state_of("norm"), name: torch.zeros(3)})
+        vit_state({**public_vit()[1], name: torch.zeros(3)})
 
 
 # ---------------------------------------------------------------- timm
