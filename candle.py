@@ -345,7 +345,7 @@ def train_student(run, name, file, teacher, row):
     name += ", sgd" * (args.student_optimizer == "sgd") + ", direct" * args.direct_multi_resolution
     name += ", class-balanced" * (args.student_sampling == "class-balanced")
 
-    for epoch in run.epochs(name, file, student, optimizers, args.epochs, args.augmentation, parts=parts):
+    for epoch in run.epochs(name, file, (student, parts), optimizers, args.epochs, args.augmentation):
         parts.train()
         indices = torch.randperm(len(run.targets), generator=epoch.generator)
         if args.student_sampling == "class-balanced":

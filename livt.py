@@ -265,8 +265,8 @@ def pretrain(run, sizes):
     optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=run.device.type != "mps")
     forward = run.compiled(mae)
 
-    for epoch in run.epochs("mgp", "mgp.pt", mae.encoder, optimizer, args.mgp_epochs, "resized",
-                            args.mgp_batch_size, parts=mae):
+    for epoch in run.epochs("mgp", "mgp.pt", (mae.encoder, mae), optimizer, args.mgp_epochs, "resized",
+                            args.mgp_batch_size):
         mae.train()
         indices = instance_indices(run.targets, epoch.generator)
         for images, _, share, ends_step in epoch.batches(indices):

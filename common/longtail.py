@@ -116,36 +116,45 @@ def image_files(paths, targets, root=""):
                       np.asarray(targets, np.int64))
 
 
+@dataclass(eq=False)
 class Dataset:
     """A long-tailed data set.
 
-    train, val (or None), test: `Images` or `ImageFiles`. class_counts: int64 [C], training images per class.
-    class_names: C strings. mean, std: per channel, for pixels in [0, 1]. image_size: side in pixels that the
-    nets see. color_jitter: how far brightness, contrast and saturation of image files vary in the standard
-    augmentation (0: not at all). Raises ValueError for a class without a training image, or a label out of
-    range.
+    train, val (or None), test: `Images` or `ImageFiles`. class_names: C strings. mean, std: per channel, for
+    pixels in [0, 1]. image_size: side in pixels that the nets see. color_jitter: how far brightness, contrast
+    and saturation of image files vary in the standard augmentation (0: not at all). From these it has
+    num_classes, and class_counts: int64 [C], training images per class. Raises ValueError for a class without
+    a training image, or a label out of range.
     """
+    name: str
+    train: "Images | ImageFiles"
+    val: "Images | ImageFiles | None"
+    test: "Images | ImageFiles"
+    class_names: list
+    mean: tuple
+    std: tuple
+    image_size: int
+    color_jitter: float = 0.0
 
-    def __init__(self, name, train, val, test, class_names, mean, std, image_size, color_jitter=0.0):
-        self.name, self.train, self.val, self.test = name, train, val, test
-        self.class_names, self.num_classes = list(class_names), len(class_names)
-        self.mean, self.std, self.image_size = tuple(mean), tuple(std), image_size
-        self.color_jitter = color_jitter
-        for part, split in (("train", train), ("val", val), ("test", test)):
+    def __post_init__(self):
+        self.class_names, self.num_classes = list(self.class_names), len(self.class_names)
+        self.mean, self.std = tuple(self.mean), tuple(self.std)
+
+        for part, split in (("train", self.train), ("val", self.val), ("test", self.test)):
             if split is None:
                 continue
             split.targets = np.ascontiguousarray(split.targets, np.int64)
             if len(split) == 0:
-                raise ValueError(f"{name}: the {part} split has no images")
+                raise ValueError(f"{self.name}: the {part} split has no images")
             if split.targets.min() < 0 or split.targets.max() >= self.num_classes:
-                raise ValueError(f"{name}: {part} labels must lie in 0..{self.num_classes - 1}, "
+                raise ValueError(f"{self.name}: {part} labels must lie in 0..{self.num_classes - 1}, "
                                  f"found {split.targets.min()}..{split.targets.max()}")
 
-        self.class_counts = np.bincount(train.targets, minlength=self.num_classes)
+        self.class_counts = np.bincount(self.train.targets, minlength=self.num_classes)
         empty = np.flatnonzero(self.class_counts == 0)
         if len(empty):
-            raise ValueError(f"{name}: class {empty[0]} ({self.class_names[empty[0]]}) has no training image "
-                             f"({len(empty)} such classes)")
+            raise ValueError(f"{self.name}: class {empty[0]} ({self.class_names[empty[0]]}) has no training "
+                             f"image ({len(empty)} such classes)")
 
     def split(self, name):
         """train, val or test. Raises ValueError where the data set has none of that name."""
@@ -159,8 +168,7 @@ class Dataset:
 
     def with_splits(self, train, val, test):
         """The same data set with these splits."""
-        return Dataset(self.name, train, val, test, self.class_names, self.mean, self.std, self.image_size,
-                       self.color_jitter)
+        return replace(self, train=train, val=val, test=test)
 
     def in_class_order(self, class_names):
         """The same data set with its classes in this order. Where these are not its own class names, or None,

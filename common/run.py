@@ -238,20 +238,20 @@ class Run:
         """Print the table of the stages."""
         say(table([(stage["name"], stage) for stage in self.stages]))
 
-    def epochs(self, name, file, model, optimizer, epochs, augmentation="standard", batch_size=None,
-               parts=None, **about):
+    def epochs(self, name, file, model, optimizer, epochs, augmentation="standard", batch_size=None, **about):
         """The epochs of a stage that are still to be done: all; those behind where a resumed run was cut off;
         none, where it had finished: then `model` is loaded from `file`, which is written behind the last one.
 
-        optimizer: one, or a list. parts: what is trained, where that is more than the model. about: saved in
-        `file` beside what rebuilds the net.
+        model: the net, or (net, parts) where more is trained than the net that `file` is to hold. optimizer:
+        one, or a list. about: saved in `file` beside what rebuilds the net.
         """
+        model, parts = model if isinstance(model, tuple) else (model, model)
         done, path = self.folder.state.get("done", {}), self.folder.path / file
         if name in done:
             self._load_finished(name, path, model)
             return
 
-        parts, batch_size = parts or model, batch_size or self.args.batch_size
+        batch_size = batch_size or self.args.batch_size
         cut = Cut(batch_size, rank(), ranks(), self.args.grad_accumulation)
         loader = self.loader(self.data.train, cut, Augmentation(
             augmentation, self.seed(name, "augmentation"), getattr(self.args, "noise", 0.01)))
@@ -260,7 +260,7 @@ class Run:
         self.bar = self._bar(name, len(done) + 1, state["epoch"], epochs)
         peak_memory(self.device)  # from here on
         for number in range(state["epoch"], epochs):
-            epoch = Epoch(self, name, number, epochs, loader, parts, optimizer, state)
+            epoch = Epoch(self, number, epochs, loader, parts, optimizer, state)
             yield epoch
             epoch.close()
         self.bar.close()
@@ -324,13 +324,14 @@ def say_wrapped(text):
 
 
 class Epoch:
-    """One epoch of a stage. number: from 0. generator: for the sampler. now: how many epochs are done, 3.25
-    say; progress: the same in [0, 1]. is_scored: every --evaluate-every epochs, and the last."""
+    """One epoch of a stage. number: from 0. state: as `Run._open_stage` has it. generator: for the sampler.
+    now: how many epochs are done, 3.25 say; progress: the same in [0, 1]. is_scored: every --evaluate-every
+    epochs, and the last."""
 
-    def __init__(self, run, stage, number, epochs, loader, parts, optimizer, state):
-        self.run, self.stage, self.number, self.epochs = run, stage, number, epochs
+    def __init__(self, run, number, epochs, loader, parts, optimizer, state):
+        self.run, self.number, self.epochs, self.stage = run, number, epochs, state["stage"]
         self.loader, self.parts, self.optimizer, self.state = loader, parts, optimizer, state
-        self.generator = generator(run.args.seed, stage, "sampling", number)
+        self.generator = generator(run.args.seed, self.stage, "sampling", number)
         self.is_scored = (number + 1) % run.args.evaluate_every == 0 or number + 1 == epochs
         self.now, self.row, self.losses = float(number), {}, None
 
