@@ -64,7 +64,7 @@ def test_required_are_the_card_s_five_packages_and_others_are_imported_only_insi
 
 # room -> its floor: it may import rooms of lower floors alone. All others are on the first
 FLOORS = {"builders": 2, "folder": 2, "pretrained": 2, "stop": 2, "summary": 2, "workers": 2, "data": 3,
-          "loader": 3, "plot": 3, "student": 3, "flags": 4, "predict": 5, "run": 5}
+          "loader": 3, "student": 3, "flags": 4, "predict": 5, "run": 5, "plot": 6}
 
 
 def test_rooms_import_no_method_and_only_lower_floors():
