@@ -269,6 +269,8 @@ def _files_by_class(data_dir, train_list):
 
 def _npz_shape(path):
     """Of an .npz file's training images, by its header; None where that cannot be read."""
+    if not Path(path).is_file():  # a pipe would keep its reader waiting
+        return None
     try:
         with zipfile.ZipFile(path) as archive, archive.open("x_train.npy") as member:
             version = np.lib.format.read_magic(member)

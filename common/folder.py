@@ -41,10 +41,13 @@ def atomic_write(path, write, keep=None):
     except (OSError, RuntimeError) as reason:  # torch.save turns the first into the second
         if part.is_file():
             part.unlink()
-        cause = reason if isinstance(reason, OSError) else reason.__context__
-        why = reason_of(cause) if isinstance(cause, OSError) else "the disk is full, perhaps"
-        fail(f"cannot write {path}: {why}; what was there before is still there: make room, then --resume",
-             shared=False)
+        _cannot_write(path, reason if isinstance(reason, OSError) else reason.__context__)
+
+
+def _cannot_write(path, reason):
+    why = reason_of(reason) if isinstance(reason, OSError) else "the disk is full, perhaps"
+    fail(f"cannot write {path}: {why}; what was there before is still there: make room, then --resume",
+         shared=False)
 
 
 def _link_or_copy(path, keep):
@@ -190,8 +193,11 @@ class Folder:
     def log(self, **row):
         """Append one line to log.jsonl."""
         if rank() == 0:
-            with open(self.path / "log.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with open(self.path / "log.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as reason:  # which does not name the file where the disk is full
+                _cannot_write(self.path / "log.jsonl", reason)
 
     def save(self, **state):
         """Write last.pt: `state` replaces what was there, which becomes previous.pt, and is `.state` from now

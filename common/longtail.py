@@ -3,6 +3,7 @@
 A split is either `Images` (decoded, one uint8 array in memory) or `ImageFiles` (paths, decoded by the
 loader's workers); both have `.targets`. Class ids are the data set's own and are not sorted by frequency.
 """
+import contextlib
 import hashlib
 import os
 from dataclasses import dataclass, replace
@@ -77,7 +78,8 @@ def cut_to_long_tail(targets, num_classes, imb_factor, n_max=None, order=None, s
 def note(text):
     """Print a line about the data, once: under torchrun the first process says it."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"note: {text}", flush=True)
+        with contextlib.suppress(OSError):  # a screen that is gone ends no run
+            print(f"note: {text}", flush=True)
 
 
 # ---------------------------------------------------------------- splits

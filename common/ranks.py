@@ -21,7 +21,8 @@ def fail(message, shared=True):
     """End the run: one line `error: ...` on standard error, exit code 2. shared: every rank meets this error,
     so that the first one of a machine alone prints it."""
     if os.environ.get("LOCAL_RANK", "0") == "0" or not shared:
-        print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # where nobody can read it, the exit code still says it
+            print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -81,7 +82,7 @@ def supports_bf16(device):
 def cores():
     """CPU cores for each of this machine's ranks, at least 1."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, allowed // _from_torchrun("LOCAL_WORLD_SIZE", 1))
+    return max(1, allowed // _from_torchrun("LOCAL_WORLD_SIZE", 1, least=1))
 
 
 def autocast(device, enabled):
@@ -120,10 +121,10 @@ def generator(*parts):
 
 # ---------------------------------------------------------------- torchrun
 
-def _from_torchrun(name, otherwise):
+def _from_torchrun(name, otherwise, least=0):
     """A whole number that torchrun sets. Ends the run where it is none."""
     text = os.environ.get(name, str(otherwise))
-    if not text.isdecimal():
+    if not text.isdecimal() or int(text) < least:
         fail(f"the environment's {name} must be a whole number as torchrun sets it, it is {text!r}",
              shared=False)
     return int(text)
@@ -136,12 +137,15 @@ def rank():
 
 def ranks():
     """How many processes torchrun started on all nodes, 1 without torchrun."""
-    return _from_torchrun("WORLD_SIZE", 1)
+    return _from_torchrun("WORLD_SIZE", 1, least=1)
 
 
 def start_ranks(device_name):
     """Join the other processes when torchrun started this one. Returns the device."""
     with bad_input(shared=False):
+        if rank() >= ranks():
+            raise ValueError(f"the environment's RANK, {rank()}, must be below its WORLD_SIZE, {ranks()}: "
+                             f"start by torchrun, or unset both")
         device = choose_device(device_name)
     if ranks() > 1:
         die_with_parent(signal.SIGTERM)

@@ -1,4 +1,5 @@
 """When a run must stop before its end: SIGTERM, SIGINT, --time-limit."""
+import contextlib
 import os
 import signal
 import sys
@@ -31,8 +32,9 @@ class Stop:
         if self.signal is None:
             self.signal, self.since = number, time.monotonic()
             if sys.stderr is not None:
-                os.write(2, b"\nstopping behind this step, with a checkpoint; "
-                            b"another signal ends the run at once\n")
+                with contextlib.suppress(OSError):  # | tee has got the same signal, and is gone
+                    os.write(2, b"\nstopping behind this step, with a checkpoint; "
+                                b"another signal ends the run at once\n")
         elif number != self.signal or time.monotonic() - self.since > SAME_WISH:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

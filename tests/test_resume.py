@@ -144,6 +144,13 @@ def test_a_screen_that_is_gone_ends_no_run(screen, whole, tmp_path):
     assert_same_run(whole("cbd")[0], tmp_path / "run")
 
 
+def test_a_signal_writes_a_checkpoint_where_nobody_reads_a_word(tmp_path):
+    image_folder(tmp_path / "images")  # of which a note is printed
+    flags = ("--dataset", "folder", "--data-dir", "images", *LONG)
+    assert signalled(tmp_path, signal.SIGTERM, flags=flags, out="/dev/full", err="/dev/full") == 143
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]["step"] > 0
+
+
 # ---------------------------------------------------------------- one folder, one process
 
 def test_two_processes_cannot_write_to_one_folder(tmp_path):

@@ -292,6 +292,12 @@ def test_a_rank_that_is_no_number_is_one_line(variable, tmp_path, capsys, monkey
         assert f"the environment's {variable} must be a whole number" in refused(capsys, "cbd", tmp_path)
 
 
+@pytest.mark.parametrize("variable, value", [("RANK", "1"), ("WORLD_SIZE", "0"), ("LOCAL_WORLD_SIZE", "0")])
+def test_a_rank_that_cannot_be_is_one_line(variable, value, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    assert f"the environment's {variable}" in refused(capsys, "cbd", tmp_path)
+
+
 class Ready(Exception):
     """Raised where a run would begin to write and to train."""
 
