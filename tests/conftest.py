@@ -25,6 +25,16 @@ def whole(tmp_path_factory):
     return of
 
 
+@pytest.fixture
+def still(tmp_path, monkeypatch):
+    """A folder with an images.npz that training shows as it is: crops have no padding, flips change nothing.
+    With --lr 0 a log so has the losses of the nets that are saved, on images that are known."""
+    from tests.tiny import tiny_npz
+    monkeypatch.setattr("common.loader.CROP_PADDING", 0)
+    tiny_npz(tmp_path / "images.npz")
+    return tmp_path
+
+
 @pytest.fixture(autouse=True)
 def end_processes():
     """End what a failed test has started and left running."""

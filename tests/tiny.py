@@ -15,6 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+from common.augment import normalise
+from common.data import load
+from common.run import Run
+
 ROOT = Path(__file__).parent.parent
 COUNTS = (8, 60, 3, 30, 12)  # not in the order of the ids
 COLOURS = ((200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60), (60, 200, 200))
@@ -23,13 +27,15 @@ COLOURS = ((200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60), (60, 200
 # ---------------------------------------------------------------- data
 
 def tiny_npz(path, counts=COUNTS, size=8, test=6, **more):
-    """Images in the colour of their class, with noise; ids in a random order. more: other arrays."""
+    """Images in the colour of their class, with noise, their own mirror images; ids in a random order. more:
+    other arrays."""
     generator = np.random.default_rng(0)
     arrays = {}
     for part, sizes in (("train", counts), ("test", [test] * len(counts))):
         targets = generator.permutation(np.repeat(np.arange(len(counts)), sizes))
-        images = np.array(COLOURS)[targets % 5][:, None, None]
-        images = images + generator.integers(-50, 51, (len(targets), size, size, 3))
+        halves = np.array(COLOURS)[targets % 5][:, None, None]
+        halves = halves + generator.integers(-50, 51, (len(targets), size, size // 2, 3))
+        images = np.concatenate([halves, halves[:, :, ::-1]], 2)
         arrays |= {f"x_{part}": images.astype(np.uint8), f"y_{part}": targets}
     np.savez(path, **arrays, **more)
     return str(path)
@@ -80,40 +86,49 @@ def names_of(split, root):
     return [os.path.relpath(os.fsdecode(path), root) for path in split.paths]
 
 
+def as_seen(npz, part="train"):
+    """Images as a net sees them, [n, 3, H, W], without augmentation; their targets [n]."""
+    data = load(str(npz))
+    split = getattr(data, part)
+    images = torch.from_numpy(split.images).permute(0, 3, 1, 2)
+    return normalise(images, data.mean, data.std), torch.from_numpy(split.targets)
+
+
 # ---------------------------------------------------------------- a tiny run of each script
 
 class Row(NamedTuple):
     """A script for the tests of what all four share. flags: all its stages in a second on `noise_npz`; nets:
-    the files that it leaves, the one of the main result last; stages: names in result.json, the main result
-    last; takes: the flags that take a net, each with one of `nets`."""
+    the files that it leaves, each with its stage in result.json; more: other stages there; takes: the flags
+    that take a net, each with one of `nets`. The main result is the last net's."""
     flags: list
-    nets: list
-    stages: list
+    nets: dict
+    more: list
     takes: dict
 
 
 ROWS = {
     "cbd": Row(
-        ["--teachers", "2", "--arch", "resnet14"], ["teacher_1.pt", "teacher_2.pt", "student.pt"],
-        ["teacher 1, standard", "teacher 2, augmented", "teacher ensemble, K=2", "cbd, K=2"],
+        ["--teachers", "2", "--arch", "resnet14"],
+        {"teacher_1.pt": "teacher 1, standard", "teacher_2.pt": "teacher 2, augmented",
+         "student.pt": "cbd, K=2"}, ["teacher ensemble, K=2"],
         {"--evaluate": "student.pt", "--teacher-checkpoints": "teacher_1.pt"}),
     "async_lt": Row(
         ["--arch", "resnet14", "--phase-two-epochs", "2", "--phase-one-classes", "2",
          "--memory-per-class", "3"],
-        ["plain.pt", "phase_one.pt", "model.pt"], ["plain", "phase one", "two phases"],
+        {"plain.pt": "plain", "phase_one.pt": "phase one", "model.pt": "two phases"}, [],
         {"--evaluate": "model.pt", "--phase-one-checkpoint": "phase_one.pt"}),
     "livt": Row(
         ["--width", "16", "--depth", "2", "--heads", "2", "--patch-size", "4", "--image-size", "8",
          "--decoder-width", "16", "--decoder-depth", "1", "--decoder-heads", "2", "--mgp-epochs", "2",
          "--mgp-batch-size", "16", "--augment", "strong"],  # with all that draws numbers
-        ["mgp.pt", "model_bce.pt", "model.pt"],
-        ["mgp", "bce, Bayes decoding", "bce", "balanced-bce, Bayes decoding", "balanced-bce"],
+        {"mgp.pt": "mgp", "model_bce.pt": "bce", "model.pt": "balanced-bce"},
+        ["bce, Bayes decoding", "balanced-bce, Bayes decoding"],
         {"--evaluate": "model.pt", "--mgp-checkpoint": "mgp.pt"}),
     "candle": Row(
         ["--arch", "reactnet_18", "--student-width", "0.0625", "--student-resolution", "16", "--resolutions",
          "8", "16", "--teacher", "resnet14", "--teacher-weights", "embedded", "--calibration-epochs", "2",
          "--smoothing", "0.1", "0"],
-        ["baseline.pt", "teacher.pt", "student.pt"], ["baseline", "teacher, 8 16", "candle"],
+        {"baseline.pt": "baseline", "teacher.pt": "teacher, 8 16", "student.pt": "candle"}, [],
         {"--evaluate": "student.pt", "--export": "student.pt"}),
 }
 METHODS = list(ROWS)
@@ -125,6 +140,14 @@ def run(method, folder, *flags, name="run"):
         noise_npz(folder)
     module = importlib.import_module(method)
     return module.main(module.parse_args([*tiny_flags(method, folder), "--out", str(folder / name), *flags]))
+
+
+def prepared(method, folder, *flags):
+    """A tiny run that has no folder yet, so that what a stage is made of can be called by itself."""
+    args = [*tiny_flags(method, folder), "--no-amp", "--out", str(folder / "prepared"), *flags]
+    if not (folder / "images.npz").exists():
+        noise_npz(folder)
+    return Run(method, importlib.import_module(method).parse_args(args))
 
 
 def tiny_flags(method, folder=Path()):
@@ -143,15 +166,10 @@ def run_in_parts(method, folder, *flags, name="parts"):
 
 def refused(capsys, method, folder, *flags, name="refused"):
     """The one error line of a run that must write nothing."""
-    return one_error(lambda *args, **named: run(method, *args, **named), capsys, folder, *flags, name=name)
-
-
-def one_error(run, capsys, folder, *flags, name="refused"):
-    """The one error line of a run that must write nothing. run(folder, *flags, name=...): starts it."""
-    capsys.readouterr()
     before = (folder / name).exists()
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        run(folder, *flags, name=name)
+        run(method, folder, *flags, name=name)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     assert (folder / name).exists() == before
