@@ -267,7 +267,8 @@ BAD_NPZ = {  # fault: the arrays that are other than they should be
     "pickled labels": lambda a: dict(y_train=a["y_train"].astype(object)),
     **{f"no {key}": (lambda a, key=key: {key: None}) for key in arrays_of()},
 }
-ADVICE = {"labels from 1": "labels start at 1, .*: subtract 1 from every",
+ADVICE = {"pickled labels": "is not a readable .npz file .Object arrays cannot be loaded",  # may be code
+          "labels from 1": "labels start at 1, .*: subtract 1 from every",
           "class without a training image": r"labels have gaps \(1 has no image\): number the 3 classes"}
 
 
