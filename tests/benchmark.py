@@ -4,15 +4,14 @@
     python -m tests.benchmark --only resnet32 data   # some rows, printed alone
     python -m tests.benchmark --device cuda          # the same there, and whole schedules of cbd.py
 
-Ours is what the scripts run: `make_loader`, their nets in channels_last, bf16 autocast where it pays, their
-losses and optimisers, without schedule, logs and checkpoints. The peers' loop and nets are in tests/peers.py.
+Ours is what the scripts run, without schedule, logs and checkpoints; the peers' loop and nets are those of
+tests/peers.py. In every round each variant does an epoch of a few steps; the first step, in which workers
+start and kernels are chosen, is not timed. Right behind it torch.mm is timed in the same precision: the floor.
 
-In every round each variant does an epoch of a few steps; the first step, in which worker processes start and
-kernels are chosen, is not timed. Right behind it torch.mm is timed in the same precision: the floor. A ratio
-is ours over the peer's images per second in the same round; a share is what part of the floor's FLOP/s the
-products of the variant's own steps reach. Shown are medians over the rounds. Peak memory is that of two
-steps, above the imports, in processes of their own (without the peer's workers). Images are random bytes in
-CIFAR-100-LT's shape: speed does not depend on what they show. Goals are for 2 threads of a CPU with bf16.
+A ratio is ours over the peer's images per second in the same round; a share is what part of the floor's
+FLOP/s the products of the variant's own steps reach. Shown are medians over the rounds. Peak memory is that
+of two steps, above the imports, in processes of their own (without the peer's workers). Images are random
+bytes in CIFAR-100-LT's shape. Goals are for 2 threads of a CPU with bf16.
 """
 import argparse
 import contextlib
@@ -257,21 +256,17 @@ def peak_memory(name, variant, npz, device, batch_size):
     device = ranks.choose_device(device)
     ranks.peak_memory(device)
     imports = ranks.peak_memory(device)
-    sum(prepare(work, images_for(work, npz), device, batch_size, **VARIANTS[variant])(2))
+    how = {**VARIANTS[variant], "workers": 0}
+    sum(prepare(work, images_for(work, npz), device, batch_size, **how)(2))
     return None if imports is None else ranks.peak_memory(device) - imports
 
 
-def in_new_process(function, *arguments):
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def measure(name, npz, device, rounds, quick, memory):
+def measure(name, npz, device, rounds, quick):
     """A workload's rows: its goals, each with what was measured."""
     work = WORKLOADS[name]
     if quick:
-        side = min(work.side, 64) if name.startswith("teacher") else work.side
-        work = work._replace(batch_size=2, steps=1, side=side, memory_batch_size=2)
+        work = work._replace(batch_size=2, steps=1, side=min(work.side, 64) if name.startswith("teacher")
+                             else work.side)
     elif device.type == "cuda" and work.build:
         work = work._replace(steps=40 * work.steps)
     data, memory_batch_size = images_for(work, npz), work.memory_batch_size or work.batch_size
@@ -291,10 +286,10 @@ def measure(name, npz, device, rounds, quick, memory):
                 floor = matmul_flops(precision[v], device)
                 shares[v].append(flops[v.split(",")[0]] * rates[v][-1] / floor)
     del epochs
-    if memory and work.build:
-        peaks = {v: in_new_process(peak_memory, name, v, npz, str(device), memory_batch_size)
-                 for v in variants if v != "peer, 2 workers"}
-        peaks["peer, 2 workers"] = peaks["peer"]
+    if work.build and not quick:
+        for v in variants:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                peaks[v] = pool.submit(peak_memory, name, v, npz, str(device), memory_batch_size).result()
 
     rows = []
     for (ours, peer), goals in work.goals.items():
@@ -306,7 +301,7 @@ def measure(name, npz, device, rounds, quick, memory):
             values["memory"] = peaks[ours] / peaks[peer]
         rows.append({
             "name": name, "workload": f"{work.title}, {work.side} px, batch {work.batch_size}",
-            "ours": {torch.bfloat16: "bf16", torch.float32: "fp32"}[precision[ours]], "peer": peer, **values,
+            "ours": "bf16" if precision[ours] == torch.bfloat16 else "fp32", "peer": peer, **values,
             "ratio_range": [min(ratios), max(ratios)],
             "images_per_second": [statistics.median(rates[v]) for v in (peer, ours)],
             "share_of_floor": [statistics.median(shares[v]) for v in (peer, ours)] if work.build else None,
@@ -347,40 +342,35 @@ def schedule(npz, device, epochs=200, peer_steps=170, flags=("--no-compile", "--
 # ---------------------------------------------------------------- table
 
 COLUMNS = ["workload", "ours", "against", "images/s", "ratio (range)", "share of the floor", "peak MiB",
-           "to reach", "reached"]
+           "to reach"]
 
 
 def table_line(row):
     """A row in Markdown. Arrows go from the peer to ours; one of `schedule` has its seconds in a share's
     place."""
     arrow = lambda values, form: f"{values[0]:{form}} -> {values[1]:{form}}" if values else "-"
-    spread, share = "one run", arrow(row.get("share_of_floor"), ".2f")
-    memory = arrow(row.get("peak_memory_mib"), ".0f")
-    if "ratio_range" in row:
-        spread = "{:.2f} to {:.2f}".format(*row["ratio_range"])
+    spread = "{:.2f} to {:.2f}".format(*row.get("ratio_range", [row["ratio"]] * 2))
+    share, memory = arrow(row.get("share_of_floor"), ".2f"), arrow(row.get("peak_memory_mib"), ".0f")
     if "seconds" in row:
         share = f"training {row['seconds']:.1f} s, whole run {row['whole_run_seconds']:.1f} s"
-    if memory != "-" and f"batch {row['memory_batch_size']}" not in row["workload"]:
+    if memory != "-":
         memory += f" (batch {row['memory_batch_size']})"
-    words = {"ratio": "{:g}x", "share": "{:g} of the floor", "memory": "{:g} of the memory",
-             "seconds": "{:g} s"}
+
     answers = {True: "yes", False: "no", None: "not measured"}
+    goals = [f"{key} {goal:g}: {answers[row['reached'].get(key)]}" for key, goal in row["to_reach"].items()]
     return "| " + " | ".join([
         row["workload"], row["ours"], row["peer"], arrow(row["images_per_second"], ".4g"),
-        f"{row['ratio']:.2f} ({spread})", share, memory,
-        ", ".join(words[key].format(goal) for key, goal in row["to_reach"].items()) or "-",
-        ", ".join(answers[row["reached"].get(key)] for key in row["to_reach"]) or "-"]) + " |"
+        f"{row['ratio']:.2f} ({spread})", share, memory, ", ".join(goals) or "-"]) + " |"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = ranks.fail
-    add, boolean = parser.add_argument, argparse.BooleanOptionalAction
+    add = parser.add_argument
     add("--rounds", type=int, default=5, help="that medians are taken over")
     add("--device", default="cpu", help="cpu, cuda")
     add("--only", nargs="+", choices=[*WORKLOADS, "schedule"], help="rows; schedule needs a GPU")
-    add("--memory", action=boolean, default=True, help="measure peak memory, in processes of their own")
-    add("--quick", action=boolean, default=False, help="2 images a step, 1 step a round: it runs, no more")
+    add("--quick", action="store_true", help="2 images a step, 1 step a round, no memory: it runs, no more")
     add("--out", help="JSON file (results/benchmark.json; with --only and --quick none)")
     args = parser.parse_args(argv)
     with ranks.bad_input():
@@ -392,9 +382,7 @@ def main(argv=None):
             raise ValueError(f"there is no folder {Path(out).parent} for {out}")
         content = json.loads(Path(out).read_text()) if out and Path(out).exists() else {}
     names = args.only or [*WORKLOADS, *["schedule"] * (device.type == "cuda")]
-    header = {"device": device_name(args.device), "versions": versions(),
-              "git_commit": git_commit(), "argv": sys.argv[1:] if argv is None else argv}
-    print(f"{header['device']}, torch {torch.__version__}, medians of {args.rounds} rounds\n")
+    print(f"{device_name(args.device)}, torch {torch.__version__}, medians of {args.rounds} rounds\n")
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -402,10 +390,12 @@ def main(argv=None):
         make_npz(npz)
         for name in names:
             rows += schedule(npz, device, 2 if args.quick else 200) if name == "schedule" else \
-                measure(name, npz, device, args.rounds, args.quick, args.memory)
+                measure(name, npz, device, args.rounds, args.quick)
             print("\n".join(table_line(row) for row in rows if row["name"] == name), flush=True)
     if out:  # each kind of device has its own entry
-        content[device.type] = {**header, "rows": rows}
+        content[device.type] = {
+            "device": device_name(args.device), "versions": versions(), "git_commit": git_commit(),
+            "argv": sys.argv[1:] if argv is None else argv, "rows": rows}
         atomic_write(out, lambda file: file.write(json.dumps(content, indent=1).encode()))
     return rows
 
