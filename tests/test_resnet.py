@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.resnet import (ARCHS, CifarResNet, CosineClassifier, build_backbone, build_encoder,
-                           fold_batch_norm, imagenet_weights, published_weights)
+                           imagenet_weights, published_weights)
 
 ROOT = Path(__file__).parent.parent
 
@@ -155,14 +155,6 @@ def test_a_frozen_encoder_gives_the_net_s_last_map_with_batch_norm_folded(arch):
         torch.testing.assert_close(encoder.train(mode)(images), expected, rtol=1e-3, atol=near)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules())
     assert not any(p.requires_grad for p in encoder.parameters())
-
-
-def test_folding_leaves_the_net_itself_alone():
-    net = with_statistics(CifarResNet(8))
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    fold_batch_norm(net)
-    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
-    assert all(p.requires_grad for p in net.parameters())
 
 
 def test_an_encoder_s_weights_load_strictly_but_for_a_classifier():

@@ -39,9 +39,7 @@ def test_parameter_counts(size, large, at_384, no_head, cifar10, cifar100, mae, 
 def test_patches_are_rows_columns_channels_and_unpatchify_is_the_inverse():
     images = torch.randn(2, 3, 8, 8)
     patches = patchify(images, 4)
-    for number, (row, column) in enumerate([(0, 0), (0, 4), (4, 0), (4, 4)]):
-        values = images[:, :, row:row + 4, column:column + 4].permute(0, 2, 3, 1)
-        assert torch.equal(patches[:, number], values.flatten(1))
+    assert torch.equal(patches[:, 1], images[:, :, :4, 4:].permute(0, 2, 3, 1).flatten(1))
     assert torch.equal(unpatchify(patches, 4), images)
     assert torch.equal(patchify(images.contiguous(memory_format=torch.channels_last), 4), patches)
 
