@@ -41,13 +41,14 @@ def tiny_npz(path, counts=COUNTS, size=8, test=6, **more):
     return str(path)
 
 
-def noise_npz(folder, num_images=37, num_test=11, name="images.npz"):
-    """Images of three classes that nothing can be learnt from, so that every rounding shows."""
+def noise_npz(folder, num_images=37, num_test=11, name="images.npz", turn=0, **more):
+    """Images of three classes that nothing can be learnt from, so that every rounding shows. turn: added to
+    the ids, which begin again at 0. more: other arrays."""
     generator = np.random.default_rng(0)
     targets = np.concatenate([[0, 1, 2], generator.integers(0, 3, num_images - 3)])
-    images = generator.integers(0, 256, (num_images, 8, 8, 3), dtype=np.uint8)
+    images, targets = generator.integers(0, 256, (num_images, 8, 8, 3), dtype=np.uint8), (targets + turn) % 3
     np.savez(folder / name, x_train=images, y_train=targets, x_test=images[:num_test],
-             y_test=targets[:num_test])
+             y_test=targets[:num_test], **more)
 
 
 def image_folder(folder, side=16, counts=(9, 5, 4), test=3):
