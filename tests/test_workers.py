@@ -5,16 +5,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from common.workers import LostWorker
-from with_workers import start
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 
-ROOT = Path(__file__).parent.parent
+from common.loader import CHUNK, Augmentation, Cut, make_loader
+from common.longtail import ImageFiles
+from common.ranks import bad_input
+from common.workers import LostWorker
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, or needs what Linux alone has")
 
 
@@ -26,9 +31,20 @@ def folder(tmp_path_factory):
     return folder
 
 
+def start(folder, workers, batches=100):
+    """An iterator over so many batches of FOLDER/0.png, whose first one is taken, and the workers' ids."""
+    data = SimpleNamespace(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), image_size=64, color_jitter=0)
+    split = ImageFiles(np.array([bytes(Path(folder, "0.png"))]), np.zeros(1, np.int64))
+    loader = make_loader(split, data, Cut(CHUNK), "cpu", Augmentation("standard"), workers)
+    iterator = loader.batches(np.zeros(batches * CHUNK, np.int64))
+    next(iterator)
+    return iterator, [process.pid for process in loader.loader._iterator._workers]
+
+
 def script(folder, line):
-    """A process with two workers that prints their ids, and then does what the line says."""
-    return [sys.executable, ROOT / "tests" / "with_workers.py", folder, "2", line]
+    """A process with two workers that prints their ids, and then does what the line says, which may use
+    `batches`."""
+    return [sys.executable, __file__, folder, line]
 
 
 def is_gone(pid, seconds=5):
@@ -116,3 +132,10 @@ def test_a_full_shared_memory_is_one_line_that_says_what_to_do(folder):
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and len(lines) == 1, done.stderr
     assert lines[0].startswith("error: the shared memory, /dev/shm, is full") and "--shm-size" in lines[0]
+
+
+if __name__ == "__main__":
+    with bad_input(LostWorker):
+        batches, pids = start(sys.argv[1], 2)
+        print(*pids, flush=True)
+        exec(sys.argv[2])
