@@ -276,7 +276,8 @@ def _npz_shape(path):
             version = np.lib.format.read_magic(member)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else \
                 np.lib.format.read_array_header_2_0
-            return read(member)[0]
+            shape = read(member)[0]
+            return shape if len(shape) > 2 else None
     except Exception:  # zipfile, zlib and numpy each raise their own for a damaged file; `load` says so
         return None
 

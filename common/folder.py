@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from itertools import count
 from pathlib import Path
@@ -66,7 +67,9 @@ def damage_of(path):
     them); None where nothing is."""
     try:
         with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
+            # a flipped bit can mark an entry as a folder (16): its checksum holds, but torch reads nothing
+            folders = (entry.filename for entry in archive.infolist() if entry.external_attr & 16)
+            bad = archive.testzip() or next(folders, None)
     except Exception as reason:  # zipfile raises its own, and others, for what is no archive
         return f"it is cut off or not a checkpoint ({type(reason).__name__})"
     return f"its part {bad} is damaged" if bad else None
@@ -86,7 +89,9 @@ def load_checkpoint(path):
     if damage:
         raise ValueError(f"cannot read the checkpoint {path}: {damage}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's are about what it then refuses
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as reason:  # torch and pickle each raise their own; their advice is to run what it holds
         raise ValueError(f"cannot read the checkpoint {path}: it holds more than tensors and plain values "
                          f"({type(reason).__name__})") from reason

@@ -14,6 +14,7 @@
 
 Never `break` out of these two loops: what stands behind their `yield` runs when the next round is asked for.
 """
+import contextlib
 import textwrap
 import time
 from functools import cached_property
@@ -290,11 +291,8 @@ class Run:
 
     def _load_finished(self, name, path, model):
         """The weights of a stage that a resumed run has finished."""
-        try:
+        with _fits(f"{name} is finished", path):
             model.load_state_dict(load_checkpoint(path)["state_dict"])
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as reason:
-            fail(f"{name} is finished, but {path} cannot be used ({str(reason)[:200]}); bring it back, "
-                 f"or train again with another --out")
 
     def _open_stage(self, name, parts, optimizer):
         """What is saved of a stage besides these two, at its start; or what was saved in its middle, after
@@ -303,11 +301,12 @@ class Run:
         if self.folder.state.get("stage") != name:
             return {"stage": name, "epoch": 0, "step": 0, "losses": torch.zeros(0), "means": {},
                     "best_all": None, "seconds": 0.0, "images": 0}
-        parts.load_state_dict(self.folder.state["model"])
-        saved = self.folder.state["optimizer"]
-        for each, its in zip(optimizer, saved) if isinstance(optimizer, list) else [(optimizer, saved)]:
-            each.load_state_dict(its)
-        return self.folder.state["progress"]
+        with _fits(f"{name} is begun", self.folder.path / "last.pt"):  # by an earlier version, say
+            parts.load_state_dict(self.folder.state["model"])
+            saved = self.folder.state["optimizer"]
+            for each, its in zip(optimizer, saved) if isinstance(optimizer, list) else [(optimizer, saved)]:
+                each.load_state_dict(its)
+            return self.folder.state["progress"]
 
     def save_stage(self, state, parts, optimizer):
         """Write last.pt in the middle of a stage."""
@@ -316,6 +315,16 @@ class Run:
             optimizer.state_dict()
         self.folder.save(stage=state["stage"], progress={**state, "losses": losses}, model=parts.state_dict(),
                          optimizer=optimizer, done=self.folder.state.get("done", {}))
+
+
+@contextlib.contextmanager
+def _fits(what, path):
+    """End the run where the file at `path` is not of the net that it is read into."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as reason:
+        fail(f"{what}, but {path} cannot be used ({str(reason)[:200]}); bring it back, or train again with "
+             f"another --out")
 
 
 def say_wrapped(text):

@@ -59,6 +59,7 @@ def _start(loader):
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # they inherit it
     on_child = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+    _signal_workers(signal.SIGCONT)  # those of the epoch before must answer in time
     try:
         return iter(loader)
     finally:

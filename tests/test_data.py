@@ -297,6 +297,7 @@ def test_a_damaged_npz_is_refused_by_name_and_has_no_side_or_its_header_s(tmp_pa
         with pytest.raises(ValueError, match=re.escape(str(path))):
             load(path)
     path.write_bytes(no_header)
+    np.savez(path, x_train=np.zeros(3))
     os.mkfifo(tmp_path / "pipe.npz")  # whose reader would wait
     assert image_side(path) is image_side(tmp_path / "missing.npz") is image_side(tmp_path / "pipe.npz") is None
     with pytest.raises(ValueError, match="missing.npz"):

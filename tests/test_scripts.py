@@ -249,6 +249,15 @@ def test_a_finished_stage_whose_net_is_gone_cut_or_another_s_is_one_line(method,
         assert same_weights(finished / last, folder / last)
 
 
+def test_a_begun_stage_of_another_net_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("cbd", tmp_path, "--time-limit", "0")
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    state["model"]["renamed"] = state["model"].popitem()[1]  # as an earlier version of the code had it
+    torch.save(state, tmp_path / "run" / "last.pt")
+    assert "is begun, but" in refused(capsys, "cbd", tmp_path, "--resume", name="run")
+
+
 @by_method
 def test_a_finished_run_resumed_trains_nothing_even_without_its_log_and_is_left_alone_without_last_pt(
         method, whole, tmp_path, capsys):
