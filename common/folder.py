@@ -143,10 +143,23 @@ def _is_net(saved):
     """Whether a checkpoint holds what `save_net` writes, each entry of its type."""
     types = {"method": str, "kind": str, "settings": dict, "class_names": list, "class_counts": list,
              "mean": tuple, "std": tuple, "image_size": int, "state_dict": dict}
-    if not isinstance(saved, dict) or not all(isinstance(saved.get(key), types[key]) for key in types):
+    if not holds(saved, types) or not 1 < saved["image_size"] < 2**15:
         return False
-    return all(isinstance(value, float) for value in (*saved["mean"], *saved["std"])) and \
+    return len(saved["mean"]) == len(saved["std"]) == 3 and \
+        all(isinstance(value, float) for value in (*saved["mean"], *saved["std"])) and \
         len(saved["class_names"]) == len(saved["class_counts"])
+
+
+def holds(content, types):
+    """Whether an object is a dict that has these entries, each of its type."""
+    return isinstance(content, dict) and all(isinstance(content.get(key), types[key]) for key in types)
+
+
+def _is_state(state):
+    """Whether a checkpoint holds what `Folder.save` writes, each entry of its type."""
+    types = {"args": dict, "data": dict, "log_lines": int, "run_seconds": float}
+    return holds(state, types) and holds(state["data"], {"fingerprint": str, "class_names": list}) and \
+        all(isinstance(state.get(key, {}), dict) for key in ("done", "progress"))
 
 
 def first_difference(there, here):
@@ -391,7 +404,7 @@ def load_last(folder):
             except ValueError as reason:
                 damage = damage or reason
                 continue
-            if not isinstance(state, dict) or not {"args", "data", "log_lines"} <= set(state):
+            if not _is_state(state):
                 raise ValueError(f"{path} is not a run's checkpoint, or an older version's; name another "
                                  f"--out")
             if path.name != "last.pt":
@@ -408,9 +421,10 @@ def class_names_in(folder):
     """The class names of the data that the run in a folder began with; None where nothing says it."""
     for name in ("last.pt", "last.pt.part", "previous.pt"):
         try:
-            return load_checkpoint(Path(folder, name))["data"]["class_names"]
-        except (ValueError, KeyError, TypeError):  # `load_last` says what is wrong with it
+            state = load_checkpoint(Path(folder, name))
+        except ValueError:  # `load_last` says what is wrong with it
             continue
+        return state["data"]["class_names"] if _is_state(state) else None
     return None
 
 

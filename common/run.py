@@ -25,7 +25,7 @@ from tqdm import tqdm
 from common.data import leave_out_unreadable, load, write_lists
 from common.evaluate import Diverged, class_sums, gradient_norms, predict, scores, shot_groups, table
 from common.files import escape_unprintable
-from common.folder import (class_names_in, default_folder, device_name, load_checkpoint, open_folder,
+from common.folder import (class_names_in, default_folder, device_name, holds, load_checkpoint, open_folder,
                            readable_cache, save_net)
 from common.loader import (Augmentation, Cut, UnreadableImage, count_steps, decoded, every_image,
                            make_loader)
@@ -298,10 +298,14 @@ class Run:
         """What is saved of a stage besides these two, at its start; or what was saved in its middle, after
         loading these two. step, losses [terms, step]: of the epoch in progress; means: the last epoch's
         losses; best_all: percent, None before any score; seconds: of training."""
+        fresh = {"stage": name, "epoch": 0, "step": 0, "losses": torch.zeros(0), "means": {},
+                 "best_all": None, "seconds": 0.0, "images": 0}
         if self.folder.state.get("stage") != name:
-            return {"stage": name, "epoch": 0, "step": 0, "losses": torch.zeros(0), "means": {},
-                    "best_all": None, "seconds": 0.0, "images": 0}
+            return fresh
         with _fits(f"{name} is begun", self.folder.path / "last.pt"):  # by an earlier version, say
+            types = {key: type(value) for key, value in fresh.items() if value is not None}
+            if not holds(self.folder.state["progress"], types):
+                raise ValueError("its progress is no such stage's")
             parts.load_state_dict(self.folder.state["model"])
             saved = self.folder.state["optimizer"]
             for each, its in zip(optimizer, saved) if isinstance(optimizer, list) else [(optimizer, saved)]:

@@ -148,7 +148,8 @@ def test_two_damaged_checkpoints_are_an_error_and_nothing_is_lost(tmp_path):
     assert (tmp_path / "last.pt").read_bytes() == b"nothing"
 
 
-@pytest.mark.parametrize("content", [{}, [], None, 3, {"args": {}}])
+@pytest.mark.parametrize("content", [
+    {}, [], None, 3, {"args": {}}, {"args": {}, "data": {}, "log_lines": 1, "run_seconds": 1.0}])
 def test_a_last_pt_of_something_else_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "last.pt")
     with pytest.raises(ValueError, match="is not a run's checkpoint"):
@@ -221,7 +222,8 @@ MALFORMED = {  # the entries, by their keys, that are other than they should be;
     "fewer class names": {("class_names",): ["ant", "bee"]},
     "class names that repeat": {("class_names",): ["ant", "ant", "bee"]},
     "an older version's": {("image_size",): ..., ("mean",): ...},
-    "a mean of another kind": {("mean",): "grey"},
+    "a mean of another kind": {("mean",): "grey"}, "a mean of two channels": {("mean",): (0.5, 0.5)},
+    "an image of no size": {("image_size",): 0},
 }
 
 
