@@ -220,8 +220,8 @@ class ReActNet18(_ReActNet):
 
 
 def _base_channels(channels, width):
-    if not 0 < width < float("inf") or round(channels * width) < 1:
-        raise ValueError(f"a width of {width} leaves no channel")
+    if not 0 < width <= 16 or round(channels * width) < 1:
+        raise ValueError(f"a width of {width} leaves no channel, or is above 16, which no memory holds")
     return round(channels * width)
 
 

@@ -52,6 +52,15 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, capsys):
         assert [file.name for file in tmp_path.iterdir()] == ["net.pt"] and path.read_bytes() == b"old"
 
 
+def test_a_log_on_a_full_disk_is_a_line_that_names_it(tmp_path, capsys):
+    folder, log = opened(tmp_path / "run"), tmp_path / "run" / "log.jsonl"
+    log.unlink()
+    log.symlink_to("/dev/full")
+    with pytest.raises(SystemExit):
+        folder.log(epoch=1)
+    assert f"cannot write {log}: No space left on device" in capsys.readouterr().err
+
+
 def test_a_link_in_the_place_of_a_new_file_is_not_followed(tmp_path):
     (tmp_path / "precious").write_text("stays")
     for name in ("net.pt.part", ".lock"):

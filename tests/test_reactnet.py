@@ -131,7 +131,7 @@ def test_counting_leaves_a_net_as_it_was():
     assert not any(module._forward_hooks for module in net.modules())
 
 
-@pytest.mark.parametrize("width", [0, -1, 0.001, float("nan"), float("inf")])
+@pytest.mark.parametrize("width", [0, -1, 0.001, float("nan"), float("inf"), 2.0**31])
 def test_a_width_without_channels_is_refused(width):
     for net in NETS.values():
         with pytest.raises(ValueError, match="width"):

@@ -31,12 +31,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder, workers, batches=100):
-    """An iterator over so many batches of FOLDER/0.png, whose first one is taken, and the workers' ids."""
+def start(folder, workers, batches=100, epochs=1):
+    """An iterator over epochs of so many batches of FOLDER/0.png, whose first one is taken, and the workers'
+    ids."""
     data = SimpleNamespace(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), image_size=64, color_jitter=0)
     split = ImageFiles(np.array([bytes(Path(folder, "0.png"))]), np.zeros(1, np.int64))
     loader = make_loader(split, data, Cut(CHUNK), "cpu", Augmentation("standard"), workers)
-    iterator = loader.batches(np.zeros(batches * CHUNK, np.int64))
+    indices = np.zeros(batches * CHUNK, np.int64)
+    iterator = (batch for epoch in range(epochs) for batch in loader.batches(indices, epoch))
     next(iterator)
     return iterator, [process.pid for process in loader.loader._iterator._workers]
 
@@ -90,17 +92,17 @@ def test_a_stopped_worker_does_not_keep_a_process_from_ending(folder):
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         os.kill(pids[1], signal.SIGSTOP)
-        asked = time.monotonic()
-        _, errors = parent.communicate("end\n", timeout=60)
-    assert time.monotonic() - asked < 8 and (parent.returncode, errors) == (0, "")
+        _, errors = parent.communicate("end\n", timeout=60)  # it would wait for ever
+    assert (parent.returncode, errors) == (0, "")
     assert all(is_gone(pid) for pid in pids)
 
 
-def test_a_stopped_worker_is_woken_when_its_images_are_waited_for(folder, monkeypatch):
+@pytest.mark.parametrize("batches, epochs", [(100, 1), (1, 2)])
+def test_a_stopped_worker_is_woken_when_its_images_are_waited_for(batches, epochs, folder, monkeypatch):
     monkeypatch.setattr("common.loader.PATIENCE", 0.5)
-    iterator, (pid,) = start(folder, 1)
+    iterator, (pid,) = start(folder, 1, batches, epochs)
     os.kill(pid, signal.SIGSTOP)
-    assert len(list(iterator)) == 99
+    assert len(list(iterator)) == batches * epochs - 1
 
 
 def test_a_killed_worker_is_one_line_where_its_images_are_waited_for(folder, monkeypatch):
