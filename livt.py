@@ -1,21 +1,19 @@
 """Learning Imbalanced Data with Vision Transformers (LiVT)
 Xu, Liu, Yang, Chai, Yuan. CVPR 2023, https://arxiv.org/abs/2212.02015
 
-Stage one (MGP) pre-trains a ViT as a masked autoencoder on the long-tailed images, without their labels,
-whose bias to the head it so does not learn. Stage two (BFT) fine-tunes it by the balanced binary
-cross-entropy, whose logits are shifted by each class's log odds, log(pi_c / (1 - pi_c)).
+Stage one, masked generative pre-training (MGP), trains a ViT as a masked autoencoder: no labels, whose
+imbalance would bias its features. Stage two, balanced fine-tuning (BFT), adds a classifier, by the balanced
+binary cross-entropy (Bal-BCE): in training alone, logits are shifted by their class's log odds.
 
     python livt.py                                                    # embedded images, 3 minutes on 2 cores
     python livt.py --dataset cifar100_lt --loss balanced-bce bce ce balanced-ce
     torchrun --nproc_per_node 8 livt.py --dataset imagenet_lt --data-dir /data/imagenet
 
-Expect (last epoch, all classes, 3 seeds, results/livt.md) on the embedded images: BCE 50.9 +- .8, Bal-BCE
-68.8 +- .9, decoded by `bayes_decode` 72.1 +- .6. Without MGP: 65.8 +- .4 in as many epochs of fine-tuning,
-69.7 +- 1.4 (2 seeds) in the time of both stages.
+Expect (embedded images, all classes, 3 seeds, results/livt.md): BCE 50.9 +- .8, Bal-BCE 68.8 +- .9, by
+`bayes_decode` 72.1 +- .6. No MGP: 65.8 +- .4 in as many epochs, 69.7 +- 1.4 (2 seeds) in as much time.
 
-A line that departs from the paper, or had to choose, says so behind `paper:`; [G] is the authors' code,
-XuZhengzhuo/LiVT@68546ef, and the logs it ships. Smaller departures (augmentation, pixels' mean and std, test
-images' size) and the commands of the paper's other rows stand in results/livt.md.
+`paper:` marks a departure or a choice; [G]: the authors' code, XuZhengzhuo/LiVT@68546ef, and its logs. Small
+departures (augmentation, pixels, test images) and the paper's other rows' commands: results/livt.md.
 """
 import math
 
@@ -46,7 +44,7 @@ PAPER = dict(  # the table in [G]'s README; evaluate_every, quick: ours
 # paper: CIFAR starts from ImageNet-LT's MGP net, at 64 pixels / here: MGP on CIFAR-LT itself, at 32; all ours
 SMALL = {
     **PAPER, "arch": "tiny", "patch_size": 4, "image_size": 32,
-    "decoder_width": 128, "decoder_depth": 1, "decoder_heads": 4,  # "SDMAE": a large one overfits small sets
+    "decoder_width": 128, "decoder_depth": 1, "decoder_heads": 4,  # as SDMAE: a large one overfits
     "mgp_batch_size": 512, "batch_size": 256, "evaluate_every": 5,
     "quick": dict(mgp_epochs=30, mgp_warmup_epochs=3, mgp_batch_size=64, mgp_lr=2e-3, epochs=8,
                   warmup_epochs=1, batch_size=64, lr=4e-3, augment="plain", drop_path=0.0)}
@@ -57,9 +55,8 @@ FASHION = {  # all ours; chosen on the validation images
     "quick": dict(mgp_epochs=10, mgp_warmup_epochs=1, epochs=10, warmup_epochs=1)}
 RECIPES = {
     "fashion_lt": FASHION,
-    "cifar10_lt": SMALL,
-    "cifar100_lt": SMALL,
-    "imagenet_lt": {**PAPER, "lr": 2.5e-4},  # [G]'s log, which ends at 60.8: peak 1e-3; its rule gives 4e-3
+    "cifar10_lt": SMALL, "cifar100_lt": SMALL,
+    "imagenet_lt": {**PAPER, "lr": 2.5e-4},  # paper: 1e-3 / here: for 1024, as in [G]'s log, ending at 60.8
     "inat18": {**PAPER, "drop_path": 0.2},  # paper: MGP at 128 pixels / here: at 224, in one run
     "places_lt": {**PAPER, "epochs": 30, "tau": 1.05},
     "small": {**FASHION, "patch_size": None, "image_size": 64},  # ours, for small sets: 16 tokens, too
@@ -100,7 +97,7 @@ def parse_args(argv=None):
     add("--weight-decay", type=number, help="on matrices")
     add("--layer-decay", type=fraction, help="(.75; from scratch 1) lr of a block over that of the next one")
     add("--drop-path", type=fraction, help="rate of the last block, in fine-tuning")
-    add("--label-smoothing", type=fraction, default=0.0, help="of the fine-tuning targets")
+    add("--label-smoothing", type=fraction, default=0.0, help="of the targets")  # paper: not given / here: 0
     add("--augment", choices=["plain", "strong"], help="of BFT; strong: RandAugment, erasing, mixing too")
     add("--mixup", type=number, help="alpha of Mixup; 0 leaves it out, and so does --augment plain")
     add("--cutmix", type=number, help="alpha of CutMix; likewise")
@@ -118,38 +115,34 @@ def instance_indices(targets, generator):
 
 def balanced_bce_loss(logits, targets, class_counts, tau=1.0):
     """Balanced binary cross-entropy, Eq. (6): sigmoid cross-entropy on z_c + tau log(pi_c / (1 - pi_c)),
-    summed over the classes, mean over the batch. tau = 0 is plain BCE, Eq. (5).
+    summed over the classes, mean over the batch; pi_c: the class's share of the images. tau = 0 is plain BCE,
+    Eq. (5). Theorem 2: for tau = 1 the sigmoid is pi_c e^z_c / (pi_c e^z_c + 1 - pi_c), a softmax over yes
+    and no, each weighted by how many images it has; so the bias knows how frequent a class is, z_c need not.
 
     logits: [N, C]; targets: class ids [N] or soft targets [N, C]; class_counts: training images per class
     [C] (on the CPU: then no step waits for a GPU). Returns a scalar. Raises ValueError.
     """
-    counts = torch.as_tensor(class_counts)
+    counts = torch.as_tensor(class_counts).double()
     if logits.ndim != 2 or counts.shape != logits.shape[1:] or not tau >= 0 or \
             targets.shape not in (logits.shape, logits.shape[:1]):
         raise ValueError(f"logits must be [N, C], targets [N] or [N, C], class_counts [C], tau not negative; "
                          f"got {list(logits.shape)}, {list(targets.shape)}, {list(counts.shape)}, {tau}")
     if (counts <= 0).any() or len(counts) < 2:
-        raise ValueError("every class needs a training image, and there must be two classes: else the log "
-                         "odds of a class are not finite")
+        raise ValueError("finite log odds need two classes, and a training image of every class")
 
-    counts = counts.double()
-    bias = counts.log() - (counts.sum() - counts).log()  # log pi - log(1 - pi), without cancellation
+    bias = counts.log() - (counts.sum() - counts).log()  # Eq. (10), without the rounding of 1 - pi
     shifted = logits.float() + tau * bias.float().to(logits.device, non_blocking=True)  # [G] drops tau here
 
     if targets.ndim == 1:
         targets = F.one_hot(targets, logits.shape[1])
-    # Eq. (6); paper: class weights w_i / here: 1, as in [G]
-    return F.binary_cross_entropy_with_logits(shifted, targets.float(), reduction="none").sum(1).mean()
+    losses = F.binary_cross_entropy_with_logits(shifted, targets.float(), reduction="none")
+    return losses.sum(1).mean()  # Eq. (6); paper: class weights w_i / here: 1, as in [G]
 
 
 def balanced_ce_loss(logits, targets, class_counts, tau=1.0):
     """Balanced cross-entropy, Theorem 1: softmax cross-entropy on z_c + tau log pi_c, mean over the batch.
-    tau = 0 is plain cross-entropy.
-
-    logits: [N, C]; targets: class ids [N] or soft targets [N, C]; class_counts: training images per class
-    [C] (on the CPU: then no step waits for a GPU). Returns a scalar. Raises ValueError.
-    """
-    counts = torch.as_tensor(class_counts)
+    tau = 0 is plain cross-entropy. Arguments, result and errors: as of balanced_bce_loss."""
+    counts = torch.as_tensor(class_counts).double()
     if logits.ndim != 2 or counts.shape != logits.shape[1:] or not tau >= 0 or \
             targets.shape not in (logits.shape, logits.shape[:1]):
         raise ValueError(f"logits must be [N, C], targets [N] or [N, C], class_counts [C], tau not negative; "
@@ -157,7 +150,7 @@ def balanced_ce_loss(logits, targets, class_counts, tau=1.0):
     if (counts <= 0).any():
         raise ValueError("every class needs a training image: else the log of its prior is not finite")
 
-    log_prior = (counts.double() / counts.sum()).log().float().to(logits.device, non_blocking=True)
+    log_prior = (counts / counts.sum()).log().float().to(logits.device, non_blocking=True)
     if targets.ndim == 2:
         targets = targets.float()
     return F.cross_entropy(logits.float() + tau * log_prior, targets)  # Eq. (3)
@@ -236,8 +229,8 @@ def warmup_cosine_lr(epoch, epochs, warmup_epochs, lr, min_lr=0.0):
 def layer_lr_scale(name, depth, decay):
     """Layer-wise lr decay: the factor decay^(depth + 1 - layer) of a ViT's parameter, layer being 0 for the
     embedding, i + 1 for block i, depth + 1 for the last norm and the classifier."""
-    part = name.split(".")
-    layer = int(part[1]) + 1 if part[0] == "blocks" else depth + 1 if part[0] in ("norm", "head") else 0
+    part, *rest = name.split(".")
+    layer = int(rest[0]) + 1 if part == "blocks" else depth + 1 if part in ("norm", "head") else 0
     return decay ** (depth + 1 - layer)
 
 
@@ -247,7 +240,8 @@ def parameter_groups(model, weight_decay, scale_of):
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            scale, decay = scale_of(name), weight_decay if parameter.ndim == 2 else 0.0  # tokens: [1, L, D]
+            scale = scale_of(name)
+            decay = weight_decay if parameter.ndim == 2 else 0.0  # positions and tokens are [1, L, D]
             group = groups.setdefault((scale, decay), {"scale": scale, "weight_decay": decay, "params": []})
             group["params"].append(parameter)
     return list(groups.values())
@@ -257,30 +251,36 @@ def parameter_groups(model, weight_decay, scale_of):
 
 def pretrain(run, sizes):
     """Algorithm 1, lines 1 to 9: a masked autoencoder. Returns its encoder's weights, on the CPU."""
-    args, lr = run.args, run.args.mgp_lr * run.args.mgp_batch_size / 256
+    args = run.args
     torch.manual_seed(run.seed("mgp", "initialisation"))
     mae = run.place(MAE(**sizes, decoder_width=args.decoder_width, decoder_depth=args.decoder_depth,
                         decoder_heads=args.decoder_heads, norm_pix=args.norm_pix))
-    groups = parameter_groups(mae, args.weight_decay, lambda name: 1.0)
-    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=run.device.type != "mps")
     forward = run.compiled(mae)
 
-    for epoch in run.epochs("mgp", "mgp.pt", (mae.encoder, mae), optimizer, args.mgp_epochs, "resized",
-                            args.mgp_batch_size):
+    peak_lr = args.mgp_lr * args.mgp_batch_size / 256
+    groups = parameter_groups(mae, args.weight_decay, lambda name: 1.0)
+    optimizer = torch.optim.AdamW(groups, peak_lr, betas=(0.9, 0.95), fused=run.device.type != "mps")
+
+    # paper: an epoch's last, partial batch is open, [G] drops it / here: trained on, in both stages
+    for epoch in run.epochs("mgp", "mgp.pt", (mae.encoder, mae), optimizer, args.mgp_epochs,
+                            augmentation="resized", batch_size=args.mgp_batch_size):
         mae.train()
         indices = instance_indices(run.targets, epoch.generator)
-        for images, _, share, ends_step in epoch.batches(indices):
+
+        for images, _, share, ends_step in epoch.batches(indices):  # share: of a step's images
             keep, restore, _ = random_masking(len(images), mae.encoder.num_patches, args.mask_ratio,
                                               device=run.device)
             with run.autocast():  # paper: fp16 / here: bf16, which needs no scaler
-                predictions, pixels = forward(images, keep, restore)
-                loss = share * F.mse_loss(predictions.float(), pixels)  # line 6, over masked patches
+                predictions, pixels = forward(images, keep, restore)  # of the masked patches alone
+                # line 6; paper: |x - x'|_2 / here: mean square over the masked patches, as [G] and MAE
+                loss = share * F.mse_loss(predictions.float(), pixels)
             loss.backward()
             epoch.track(loss=loss)
-            if ends_step:
+            if ends_step:  # under --grad-accumulation not every batch does
                 run.sum_gradients(mae)
                 for group in optimizer.param_groups:
-                    group["lr"] = warmup_cosine_lr(epoch.now, args.mgp_epochs, args.mgp_warmup_epochs, lr)
+                    group["lr"] = warmup_cosine_lr(
+                        epoch.now, args.mgp_epochs, args.mgp_warmup_epochs, peak_lr)
                 optimizer.step()
                 optimizer.zero_grad()
 
@@ -296,49 +296,51 @@ def finetune(run, sizes, encoder, loss_name, file):
     loss_function = balanced_bce_loss if loss_name.endswith("bce") else balanced_ce_loss
     tau = args.tau if loss_name.startswith("balanced") else 0.0
     strong = args.augment == "strong"
-    augmentation = "strong" if strong else "standard" if args.image_size <= 64 else "resized"
+    plain = "standard" if args.image_size <= 64 else "resized"  # ours: small images are padded, then cropped
     mix = mixup_cutmix(C, args.mixup if strong else 0, args.cutmix if strong else 0)
 
     torch.manual_seed(run.seed("bft", "initialisation"))
     model = run.place(pretrained_vit(sizes, C, args.drop_path, encoder))
-    forward, lr, decay = run.compiled(model), args.lr * args.batch_size / 256, args.layer_decay
-    if decay is None:  # paper: .75; [G]'s runs: .65, too; from scratch there is nothing to protect
+    forward = run.compiled(model)
+
+    peak_lr, decay = args.lr * args.batch_size / 256, args.layer_decay
+    if decay is None:  # paper: .75; [G]: .65, too / here: .75; 1 from scratch, where nothing is to be kept
         decay = 1.0 if args.from_scratch else 0.75
     groups = parameter_groups(model, args.weight_decay,
                               lambda name: layer_lr_scale(name, sizes["depth"], decay))
     # paper: beta2 .99 / here: .999, as in three of [G]'s four runs
-    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), fused=run.device.type != "mps")
+    optimizer = torch.optim.AdamW(groups, peak_lr, betas=(0.9, 0.999), fused=run.device.type != "mps")
 
-    # paper: an epoch's last, partial batch is open, [G] drops it / here: trained on
-    name = loss_name + ", from scratch" * args.from_scratch  # the key of the stage's seeds, too
-    for epoch in run.epochs(name, file, model, optimizer, args.epochs, augmentation, loss=loss_name,
-                            tau=args.tau):
+    name = f"{loss_name}, from scratch" if args.from_scratch else loss_name  # and the key of its seeds
+    for epoch in run.epochs(name, file, model, optimizer, args.epochs, "strong" if strong else plain,
+                            loss=loss_name, tau=args.tau):
         model.train()
         indices = instance_indices(run.targets, epoch.generator)
+
         for images, targets, share, ends_step in epoch.batches(indices):
             images, targets = mix(images, targets)  # soft targets [N, C]
             targets = (1 - args.label_smoothing) * targets + args.label_smoothing / C
             with run.autocast():
                 logits, _ = forward(images)
-                loss = share * loss_function(logits, targets, class_counts, tau)  # Eq. (6)
+                loss = share * loss_function(logits, targets, class_counts, tau)  # lines 16, 17: Eq. (6)
             loss.backward()
             epoch.track(loss=loss)
             if ends_step:
                 run.sum_gradients(model)
+                lr = warmup_cosine_lr(epoch.now, args.epochs, args.warmup_epochs, peak_lr, min(peak_lr, 1e-6))
                 for group in optimizer.param_groups:
-                    group["lr"] = group["scale"] * warmup_cosine_lr(
-                        epoch.now, args.epochs, args.warmup_epochs, lr, min_lr=min(lr, 1e-6))
+                    group["lr"] = group["scale"] * lr
                 optimizer.step()
                 optimizer.zero_grad()
-        if epoch.is_scored:
-            epoch.log(**run.scores(model))
 
-    add_scores(run, name, model, loss_name, args.tau, class_counts)
+        if epoch.is_scored:
+            epoch.log(**run.scores(model))  # of z without the bias
+
+    add_scores(run, name, model, loss_name, args.tau, class_counts)  # paper: open / here: of the last epoch
 
 
 def add_scores(run, name, model, loss, tau, class_counts):
-    """A net's rows: decoded as the Bayes classifier, and the paper's, argmax z. loss, tau, class_counts: that
-    it was trained by."""
+    """A net's rows: Bayes decoding, and the paper's, argmax z. loss, tau, class_counts: of its training."""
     logits, features, targets = (part.cpu() for part in run.outputs(model))
     bayes = second_decoding(loss, logits, class_counts, tau)
     for row, z in ((f"{name}, Bayes decoding", bayes), (name, logits)):
@@ -349,10 +351,8 @@ def add_scores(run, name, model, loss, tau, class_counts):
 
 def check_args(args, sizes, pretrains):
     """Refuse flags that contradict one another, or sizes that do not fit. Raises ValueError."""
-    if args.from_scratch and (args.mgp_checkpoint or args.stage == "mgp"):
-        raise ValueError("--from-scratch leaves out stage one; leave out --mgp-checkpoint and --stage mgp")
-    if args.stage == "mgp" and args.mgp_checkpoint:
-        raise ValueError("--mgp-checkpoint is a finished stage one; leave out --stage mgp")
+    if args.from_scratch + bool(args.mgp_checkpoint) + (args.stage == "mgp") > 1:
+        raise ValueError("choose one of --stage mgp, --mgp-checkpoint FILE and --from-scratch")
     if args.stage == "bft" and not (args.mgp_checkpoint or args.from_scratch or args.evaluate):
         raise ValueError("--stage bft needs --mgp-checkpoint FILE, or --from-scratch")
     if len(set(args.loss)) < len(args.loss):

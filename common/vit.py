@@ -50,13 +50,14 @@ def sincos_positions(width, side):
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], 1)  # [side, width / 2]
 
+    # [row, column, width]: its column's half, then its row's
     grid = torch.cat([axis[None].expand(side, -1, -1), axis[:, None].expand(-1, side, -1)], 2)
     return torch.cat([torch.zeros(1, width), grid.flatten(0, 1).float()])[None]
 
 
 def resize_positions(positions, length):
-    """Positions [1, 1 + l, D] of a square grid for one of `length` patches: bicubic, the class token's
-    kept."""
+    """Positions [1, 1 + l, D] of a square grid, bicubically for one of `length` patches; the class token's
+    stays as it is."""
     old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(length)
     if old == new:
         return positions
@@ -83,8 +84,9 @@ def random_masking(num_images, num_patches, mask_ratio, generator=None, device=N
                          f"{num_patches - 1} must be kept")
 
     device = device or ("cpu" if generator is None else generator.device)
-    order = torch.rand(num_images, num_patches, generator=generator, device=device).argsort(1)
-    restore = order.argsort(1)
+    noise = torch.rand(num_images, num_patches, generator=generator, device=device)
+    order = noise.argsort(1)  # a random order of the patches: the first are kept
+    restore = order.argsort(1)  # where each patch stands in that order
     return order[:, :kept], restore, (restore >= kept).float()
 
 
@@ -98,7 +100,7 @@ def take(tokens, indices):
 
 def attention(query, key, value):
     """softmax(q k^T / sqrt(d)) v. All [N, heads, L, d]."""
-    if query.device.type == "cpu":  # in bf16 written out is 1.3 to 1.5 times as fast there as torch's kernel
+    if query.device.type == "cpu":  # written out it is, in bf16, 1.3 to 1.5 times as fast as torch's kernel
         query = query / math.sqrt(query.shape[-1])
         return (query @ key.transpose(-2, -1)).softmax(-1) @ value
     return F.scaled_dot_product_attention(query, key, value)
@@ -128,14 +130,16 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.drop_path = heads, DropPath(drop_path)
 
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, tokens):
         n, length, width = tokens.shape
-        query, key, value = self.qkv(self.norm1(tokens)).reshape(
-            n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(self.norm1(tokens)).reshape(n, length, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, L, D / heads]
         mixed = attention(query, key, value).transpose(1, 2).reshape(n, length, width)
 
         tokens = tokens + self.drop_path(self.project(mixed))
@@ -145,9 +149,9 @@ class Block(nn.Module):
 def initialise(module):
     """MAE's start (section A.1): Glorot uniform for every linear layer, biases 0.
 
-    In the authors' code one bias is not 0: their patch embedding is a convolution, whose bias stays as torch
-    starts it, uniform in +-1/sqrt(3 p p); ours is a linear layer like the others. A ViT from scratch starts
-    like this, too: ours, as how the authors' started is not known.
+    paper: in MAE's code the patch embedding, a convolution, keeps the bias that torch gives it, uniform in
+    +-1/sqrt(3 p p) / here: 0, as of every other layer. paper: how LiVT's ViT from scratch starts is not
+    given / here: like this, too.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):
@@ -193,7 +197,7 @@ class ViT(nn.Module):
 
         initialise(self)
         nn.init.normal_(self.class_token, std=0.02)
-        if self.head is not None:  # so that training starts at logits of 0
+        if self.head is not None:  # MAE's fine-tuning: logits of 0, but for a trifle, at the start
             nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
     def tokens(self, patches, keep=None):
@@ -207,7 +211,8 @@ class ViT(nn.Module):
         return self.blocks(torch.cat([first, self.patch_embed(patches) + positions], 1))
 
     def forward(self, images):
-        features = self.norm(self.tokens(patchify(images, self.patch_size))[:, 1:].mean(1))
+        tokens = self.tokens(patchify(images, self.patch_size))
+        features = self.norm(tokens[:, 1:].mean(1))  # without the class token
         return features if self.head is None else (self.head(features), features)
 
 
@@ -242,11 +247,12 @@ class MAE(nn.Module):
 
     def forward(self, images, keep, restore):
         patches = patchify(images, self.encoder.patch_size)
-        seen = self.decoder_embed(self.encoder.norm(self.encoder.tokens(patches, keep)))  # [N, 1 + l, D']
+        seen = self.encoder.norm(self.encoder.tokens(patches, keep))  # the class token and the kept patches
+        seen = self.decoder_embed(seen)  # [N, 1 + l, decoder_width]
 
         # attention does not know an order, so the decoder's tokens stay as (class, kept, masked), each with
         # its own position: nothing is put back in place, and the last L - l tokens are what is predicted
-        order = restore.argsort(1)
+        order = restore.argsort(1)  # kept, then masked
         masked = order[:, keep.shape[1]:]
         tokens = torch.cat([seen, self.mask_token.to(seen.dtype).expand(*masked.shape, -1)], 1)
         positions = torch.cat([self.decoder_positions[:, :1].expand(images.shape[0], -1, -1),
@@ -255,5 +261,6 @@ class MAE(nn.Module):
 
         targets = take(patches, masked)
         if self.norm_pix:
-            targets = (targets - targets.mean(2, keepdim=True)) / (targets.var(2, keepdim=True) + 1e-6).sqrt()
+            mean, variance = targets.mean(2, keepdim=True), targets.var(2, keepdim=True)
+            targets = (targets - mean) / (variance + 1e-6).sqrt()
         return self.predict(self.decoder_norm(decoded)), targets
