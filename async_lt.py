@@ -1,7 +1,8 @@
 """Asynchronous Modeling: A Dual-Phase Perspective for Long-Tailed Recognition
 ICLR 2021 submission, OpenReview u846Bqhry_; its authors and code are not public.
 
-Phase one trains on the C1 most frequent classes alone. Phase two goes on from that net with all C classes, on
+Frequent classes turn the gradient their way, rare ones make it fluctuate; so they are learnt one after the
+other. Phase one trains on the C1 most frequent classes alone. Phase two goes on from that net with all C, on
 a small set: a memory bank of a few images of each phase-one class, and all images of the rest. A loss that
 matches the graph of the frozen phase-one net's features with that of the new ones keeps what was learnt.
 
@@ -12,8 +13,8 @@ matches the graph of the frozen phase-one net's features with that of the new on
 Expect (last epoch, all classes, results/async_lt.md): embedded images, 5 seeds: plain 78.0 +- 1.1, two phases
 79.0 +- .8. 100 classes of Tiny-ImageNet in CIFAR-100-LT's shape, 30 epochs, 3 seeds: 27.6 +- .4, 29.6 +- 1.0.
 
-A line that departs from the paper, or had to choose, says so behind `paper:`; [L] is the code of LUCIR, whose
-margin loss and lambda it has, hshustc/CVPR19_Incremental_Learning. The dagger's rows, not described, are out.
+Departures, and what the paper leaves open, stand behind `paper:`. [L] is LUCIR's code, with the same margin
+loss and lambda: hshustc/CVPR19_Incremental_Learning. Pixels (not described) are minus mean, over std.
 """
 import copy
 import math
@@ -43,12 +44,11 @@ FASHION = {  # ours; phase two chosen on the validation images
     **CIFAR, "arch": "resnet14", "epochs": 16, "batch_size": 32, "schedule": "cosine",
     "phase_two_epochs": 60, "evaluate_every": 10, "quick": dict(epochs=5, phase_two_epochs=15)}
 RECIPES = {
-    "fashion_lt": FASHION, "cifar100_lt": CIFAR, "cifar10_lt": CIFAR,  # the last, ours: CIFAR-100's
+    "fashion_lt": FASHION, "cifar100_lt": CIFAR, "cifar10_lt": CIFAR,  # paper: no CIFAR-10
     "places_lt": {  # appendix A: decayed at epochs 20 and 40 of 60
         **LARGE, "arch": "resnet152", "pretrained": True, "epochs": 60, "feature_lr": 5e-4,
         "schedule": "step", "milestones": [1 / 3, 2 / 3], "quick": dict(epochs=12)},
-    # paper: ImageNet-LT's epochs not given / here: classifier-balancing@f162ade's
-    "imagenet_lt": {**LARGE, "epochs": 90}, "inat18": LARGE,
+    "inat18": LARGE, "imagenet_lt": {**LARGE, "epochs": 90},  # paper: epochs open / here: Kang et al.'s
     "small": {**FASHION, "image_size": 64},  # ours, for own images; the next one is not measured
     "small_224": dict(LARGE, pretrained=True, epochs=20, batch_size=32, lr=0.01, quick=dict(epochs=5)),
 }
@@ -61,7 +61,7 @@ def parse_args(argv=None):
     add("--sampling", choices=["progressive", "instance"], default="progressive", help="of plain, phase one")
     add("--phase-one-classes", type=count, metavar="C1", help="(classes with 20 images and more)")
     add("--phase-one-checkpoint", type=text, metavar="FILE", help="a trained net, instead of phase one")
-    add("--memory-per-class", type=count, default=10, help="images of a phase-one class in the memory bank")
+    add("--memory-per-class", type=count, default=10, help="of a phase-one class")  # paper: on Places-LT
     add("--retentive", action=BOOLEAN, default=True, help="the memory-retentive loss, Eq. (8)")
     add("--graph-similarity", choices=["cos", "neg-sq", "self"], default="cos",
         help="s of Eq. (6); self: no graph, each image attends to itself alone")
@@ -84,13 +84,23 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-# ---------------------------------------------------------------- samplers
+# ---------------------------------------------------------------- class split, samplers
+
+def phase_one_classes(class_counts, num_old=None):
+    """Class ids of phase one [C1] and of the rest [C2], each from the most to the least frequent, ties by id.
+    class_counts: [C]. num_old: C1; None: many and medium, at least 20 images. Raises ValueError."""
+    counts = torch.as_tensor(class_counts)
+    # appendix A. paper: 70 on CIFAR100-LT / here: its rule at all factors; 82 at 50, 70 at 100, 61 at 200
+    chosen = int((~shot_groups(counts)["few"]).sum()) if num_old is None else num_old
+    if not 0 < chosen < len(counts):
+        raise ValueError(f"phase one would have {chosen} of the {len(counts)} classes, and one phase none; "
+                         f"choose --phase-one-classes between 1 and {len(counts) - 1}")
+    return counts.argsort(descending=True, stable=True).tensor_split([chosen])
+
 
 def progressive_probabilities(class_counts, progress):
     """p_j(t) = (1 - t/T) n_j / sum n + (t/T) / C (section 3.2.1): by instance first, by class at the end.
-
-    class_counts: images per class [C]. progress: t/T in [0, 1]. Returns [C], summing to 1. Raises ValueError.
-    """
+    class_counts: [C], images each. progress: t/T in [0, 1]. Returns [C], summing to 1. Raises ValueError."""
     counts = torch.as_tensor(class_counts).double()
     if counts.ndim != 1 or (counts < 0).any() or counts.sum() == 0 or not 0 <= progress <= 1:
         raise ValueError(f"must be counts, not all zero, and in [0, 1]; got {class_counts} and {progress}")
@@ -98,10 +108,8 @@ def progressive_probabilities(class_counts, progress):
 
 
 def weighted_indices(targets, probabilities, generator):
-    """Draw as many images as there are: a class by its probability, then the next of its shuffled cycle.
-
-    targets: class ids [n]; probabilities: [C], 0 for a class without images; on the CPU. Returns int64 [n].
-    """
+    """Draw n images: a class by its probability, then the next of its shuffled cycle (paper: does not say).
+    targets: class ids [n]; probabilities: [C], 0 for empty classes; on the CPU. Returns int64 [n]."""
     drawn = torch.multinomial(probabilities, len(targets), replacement=True, generator=generator)
     members = targets.argsort(stable=True).split(targets.bincount(minlength=len(probabilities)).tolist())
     slots = drawn.argsort(stable=True).split(drawn.bincount(minlength=len(probabilities)).tolist())
@@ -115,11 +123,8 @@ def weighted_indices(targets, probabilities, generator):
 
 
 def select_exemplars(features, k):
-    """The memory bank of one class, Eq. (2) to (5), s being the cosine.
-
-    features: [n, D], normalised inside. k: images to choose, at least 1. Returns the chosen rows in order of
-    choice, int64 [min(k, n)], all different. Raises ValueError. Needs memory for n x D numbers, no n x n.
-    """
+    """The memory bank of one class, Eq. (2) to (5), s being the cosine. features: [n, D], normalised inside.
+    k: images to choose, at least 1. Returns rows, all different, int64 [min(k, n)]. Raises ValueError."""
     if features.ndim != 2 or len(features) == 0 or k < 1:
         raise ValueError(f"features must be [n, D], n and k at least 1, got {list(features.shape)} and {k}")
     features = F.normalize(features.float(), dim=1)  # paper: as they are / here: of unit length
@@ -133,51 +138,49 @@ def select_exemplars(features, k):
         memory = features[chosen]  # M_j
         p = (memory @ F.normalize(center, dim=0)).softmax(0)  # Eq. (3)
         z = p @ memory  # Eq. (4)
-        query = center + (center - z)  # c_j + Delta
+        query = center + (center - z)  # c_j + Delta, for Eq. (5)
     return torch.tensor(chosen, device=features.device)
 
 
 # ---------------------------------------------------------------- losses
 
 def memory_retentive_loss(old, new, temperature=0.1, similarity="cos"):
-    """Eq. (6) to (8): how far each old node is from the new nodes it attends to.
-
+    """Eq. (6) to (8): how far each old node is from the new nodes it attends to. A node is an image.
     old, new: features of the same images under the frozen and the trained net [N, D], normalised inside; the
     gradient goes through `new` alone. similarity: "cos"; "neg-sq", minus the squared distance; "self", each
-    node attends to itself alone: no graph. Returns the mean over old nodes, a scalar. Raises ValueError.
-    """
-    known = similarity in ("cos", "neg-sq", "self")
-    if old.shape != new.shape or old.ndim != 2 or not temperature > 0 or not known:
+    node attends to itself alone: no graph. Returns the mean over old nodes, a scalar. Raises ValueError."""
+    if old.shape != new.shape or old.ndim != 2 or not temperature > 0 or \
+            similarity not in ("cos", "neg-sq", "self"):
         raise ValueError(f"must be [N, D], [N, D], above 0, cos, neg-sq or self; got {list(old.shape)}, "
                          f"{list(new.shape)}, {temperature}, {similarity}")
     # paper: features as they are / here: of unit length, because the classifier sees directions alone
     old, new = F.normalize(old.detach().float(), dim=1), F.normalize(new.float(), dim=1)
     cosines = old @ new.t()  # [old i, new j]
-    s = 2 * cosines - 2 if similarity == "neg-sq" else cosines  # -||z_i - z^_j||^2, or cos
+    s = 2 * cosines - 2 if similarity == "neg-sq" else cosines  # -||z_i - z^_j||^2 of unit vectors, or cos
+    if similarity == "self":
+        attention = torch.eye(len(s)).to(s)
+    else:  # paper: no temperature / here: .1, as at 1 it is nearly uniform and draws all nodes to their mean
+        attention = (s / temperature).softmax(1)  # Eq. (6): a_ji at [i, j]
 
-    # paper: no temperature / here: .1, as at 1 attention is nearly uniform and draws all nodes to their mean
-    attention = (s / temperature).softmax(1) if similarity != "self" else torch.eye(len(s)).to(s)  # Eq. (6)
     distances = torch.cdist(old, new, compute_mode="donot_use_mm_for_euclid_dist")  # gradient 0 at 0, not nan
-    mu = (attention * distances).sum(1)  # Eq. (7)
+    mu = (attention * distances).sum(1)  # Eq. (7), whose sum is meant over j
     return mu.mean()  # Eq. (8). paper: the sum / here: the mean, as in Eq. (9)'s other terms
 
 
 def margin_loss(cosines, targets, num_old, margin=0.5, k=2):
-    """L_intra of Eq. (9): an old sample's own cosine exceeds its k largest phase-two cosines by the margin.
-
+    """L_intra of Eq. (9): an old sample's own cosine is to exceed its k largest phase-two ones by the margin.
     cosines: [N, C], classes 0..num_old-1 being phase one's; targets: class ids [N], in the same order. Mean
-    over old samples x negatives, a scalar; 0 when the batch has no old sample. Raises ValueError.
-    """
+    over old samples x negatives, a scalar; 0 when the batch has no old sample. Raises ValueError."""
     if cosines.ndim != 2 or targets.shape != cosines.shape[:1] or not 0 < num_old < cosines.shape[1] or k < 1:
         raise ValueError(f"must be [N, C], [N], num_old in 1..C-1, k at least 1; got {list(cosines.shape)}, "
                          f"{list(targets.shape)}, {num_old}, {k}")
-    # paper: m, K and whose margin are open / here, as [L]: .5, 2, and that of old samples to new classes
+    # paper: every sample against any other class; m, K not given / here, as [L]: old against new; .5, 2
     is_old = (targets < num_old).float()
-    positive = cosines.gather(1, targets[:, None])
+    positives = cosines.gather(1, targets[:, None])
     negatives = cosines[:, num_old:].topk(min(k, cosines.shape[1] - num_old), dim=1).values
 
     # paper: summed over K, divided by the batch / here, as [L]: the mean over K and over old samples
-    hinge = (margin - positive + negatives).clamp(min=0).mean(1)
+    hinge = (margin - positives + negatives).clamp(min=0).mean(1)
     return (hinge * is_old).sum() / is_old.sum().clamp(min=1)
 
 
@@ -192,7 +195,7 @@ class AsyncNet(nn.Module):
         self.settings = dict(arch=arch, num_classes=num_classes, scale=scale, image_size=image_size)
         # paper: ResNets / here: without the last ReLU, as [L], in plain too, so that features can be negative
         self.backbone = build_backbone(arch, image_size, last_relu=False, pretrained=pretrained)
-        # paper: a scale is not mentioned / here: learnt, as [L], from 10 ([L]: from 1)
+        # paper: a cosine one is an option, no scale / here: it is, in plain too; learnt from 10 ([L]: 1)
         self.classifier = CosineClassifier(self.backbone.feature_dim, num_classes, scale, learn_scale=True)
         self.register_buffer("known", torch.ones(num_classes, dtype=torch.bool))
 
@@ -216,11 +219,12 @@ def load_model(path, class_names=None, arch=None):
 
 
 def sgd(run, model, lr):
-    """The optimiser of both phases; --feature-lr is the backbone's."""
+    """The optimiser of both phases. base: a group's rate at the start; the backbone's is --feature-lr."""
     feature_lr = lr if run.args.feature_lr is None else run.args.feature_lr
-    return torch.optim.SGD([{"params": model.backbone.parameters(), "base": feature_lr},
-                            {"params": model.classifier.parameters(), "base": lr}], lr, momentum=0.9,
-                           weight_decay=run.args.weight_decay, fused=run.device.type == "cuda")
+    groups = [{"params": model.backbone.parameters(), "base": feature_lr},
+              {"params": model.classifier.parameters(), "base": lr}]
+    return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=run.args.weight_decay,
+                           fused=run.device.type == "cuda")
 
 
 def step_lr(progress, lr, milestones, gamma):
@@ -236,8 +240,10 @@ def cosine_lr(progress, lr):
 def set_rates(args, optimizer, progress):
     """Every group's learning rate, by --schedule. progress: a fraction of the epochs."""
     for group in optimizer.param_groups:
-        group["lr"] = cosine_lr(progress, group["base"]) if args.schedule == "cosine" else \
-            step_lr(progress, group["base"], args.milestones, args.lr_gamma)
+        if args.schedule == "cosine":
+            group["lr"] = cosine_lr(progress, group["base"])
+        else:
+            group["lr"] = step_lr(progress, group["base"], args.milestones, args.lr_gamma)
 
 
 # ---------------------------------------------------------------- phase one, and plain
@@ -246,22 +252,23 @@ def train_phase_one(run, name, file, classes, epochs, lr, head):
     """Eq. (1) on the images of `classes`; of all: "Ours (plain)". head: class ids, for Figure 1 alone."""
     args, model = run.args, new_net(run, name, classes)
     forward, optimizer = run.compiled(model), sgd(run, model, lr)
-    images_of = torch.isin(run.targets, classes).nonzero().flatten()
+    members = torch.isin(run.targets, classes).nonzero().flatten()  # X_1, or X
 
-    # paper: augmentation not given / here: classifier-balancing's, but crops from .05 of the area (there .08)
+    # paper: augmentation not given / here: common/loader.py's "standard"; for files near Kang et al.'s
     for epoch in run.epochs(name, file, model, optimizer, epochs):
         model.train()
         if args.sampling == "instance":
-            indices = images_of[torch.randperm(len(images_of), generator=epoch.generator)]
-        else:  # paper: "could be incorporated" in phase one / here: it is, and in plain; t/T from 0 to 1
-            p, progress = torch.zeros(len(run.class_counts)).double(), epoch.number / max(1, epochs - 1)
+            indices = members[torch.randperm(len(members), generator=epoch.generator)]
+        else:  # paper: "could be" done in phase one, over all C / here: done, in plain too, over `classes`
+            progress = epoch.number / max(1, epochs - 1)  # t/T, from 0 to 1
+            p = torch.zeros(len(run.class_counts)).double()
             p[classes] = progressive_probabilities(run.class_counts[classes], progress)
-            indices = images_of[weighted_indices(run.targets[images_of], p, epoch.generator)]
+            indices = members[weighted_indices(run.targets[members], p, epoch.generator)]
 
-        for images, targets, share, ends_step in epoch.batches(indices):
-            with run.autocast():
+        for images, targets, share, ends_step in epoch.batches(indices):  # share: 1, or a rank's part
+            with run.autocast():  # paper: precision not given / here: bf16 where the device computes it
                 logits, _ = forward(images)
-                loss = share * F.cross_entropy(logits, targets)  # Eq. (1)
+                loss = share * F.cross_entropy(logits, targets)  # Eq. (1). paper: the sum / here: the mean
             loss.backward()
             epoch.track(loss=loss)
             if ends_step:
@@ -269,6 +276,7 @@ def train_phase_one(run, name, file, classes, epochs, lr, head):
                 set_rates(args, optimizer, epoch.progress)
                 optimizer.step()
                 optimizer.zero_grad()
+
         if args.track_gradients:
             epoch.log(**run.gradient_norms(model, classes, head))
         if epoch.is_scored:
@@ -280,8 +288,9 @@ def train_phase_one(run, name, file, classes, epochs, lr, head):
 
 def memory_bank(run, old_model, old):
     """M: indices of --memory-per-class training images of each phase-one class. old: class ids [C1]."""
-    k, images_of_old = run.args.memory_per_class, torch.isin(run.targets, old).nonzero().flatten()
-    features, targets, indices = run.features(old_model, images_of_old)
+    k = run.args.memory_per_class
+    X_1 = torch.isin(run.targets, old).nonzero().flatten()
+    features, targets, indices = run.features(old_model, X_1)
     bank = [indices[targets == c][select_exemplars(features[targets == c], k)] for c in old]
     if min(map(len, bank)) < k:
         say(f"note: a phase-one class with fewer than {k} images has all of them in the memory bank")
@@ -290,39 +299,42 @@ def memory_bank(run, old_model, old):
 
 def train_phase_two(run, old_model, old, new):
     """Eq. (9) on the memory bank and all images of `new`. old, new: class ids [C1], [C2]. Returns the net."""
-    args, images_of_new = run.args, torch.isin(run.targets, new).nonzero().flatten()
-    D = torch.cat([memory_bank(run, old_model, old), images_of_new])
+    args = run.args
+    old_model.eval().requires_grad_(False)  # stays as it is, for G_old
+    X_2 = torch.isin(run.targets, new).nonzero().flatten()
+    D = torch.cat([memory_bank(run, old_model, old), X_2])  # indices of M and X_2
 
-    # the phase-one net, with rows W_c^2. paper: their start is open / here: class means, as [L]
+    # the phase-one net, with rows W_c^2: random ones, as phase one's weight decay shrank those it did not use
     model = copy.deepcopy(old_model).requires_grad_(True)
     model.known.fill_(True)
     model.classifier.weight.data[new] = new_net(run, "phase two", new).classifier.weight.data[new]
-    if args.imprint:
-        features, targets, _ = run.features(old_model, images_of_new)
+    if args.imprint:  # paper: their start is open / here: class means, as [L]
+        features, targets, _ = run.features(old_model, X_2)
         model.classifier.imprint(features.to(run.device), targets.to(run.device), new, old)
 
     # paper: sqrt(C / C1) in section 5, sqrt(C1 / C2) in appendix A / here: the latter, Places-LT's 2.03
-    weight = args.lambda_scale * math.sqrt(len(old) / len(new))  # lambda
-    order = torch.cat([old, new]).to(run.device)
+    lambda_ = args.lambda_scale * math.sqrt(len(old) / len(new))
+    order = torch.cat([old, new]).to(run.device)  # as margin_loss wants it, old classes first
     place_of = order.argsort()  # class id -> its place in `order`
+    epochs = args.phase_two_epochs or args.epochs
     lr = args.lr if args.phase_two_lr is None else args.phase_two_lr
     forward, optimizer = run.compiled(model), sgd(run, model, lr)
 
-    for epoch in run.epochs("two phases", "model.pt", model, optimizer, args.phase_two_epochs or args.epochs):
+    for epoch in run.epochs("two phases", "model.pt", model, optimizer, epochs):
         model.train()
         indices = D[torch.randperm(len(D), generator=epoch.generator)]
+
         for images, targets, share, ends_step in epoch.batches(indices):
             with run.autocast():
                 logits, features = forward(images)
                 loss = F.cross_entropy(logits, targets)  # L_cls
                 if args.margin:
-                    cosines = logits / model.classifier.scale  # [N, C]
+                    cosines = logits / model.classifier.scale
                     loss = loss + margin_loss(cosines[:, order], place_of[targets], len(old))  # L_intra
                 if args.retentive:
-                    with torch.no_grad():
-                        old_features = old_model.backbone(images)
+                    old_features = old_model.backbone(images)  # frozen: no gradient
                     # paper: the graph of D, in Algorithm 1 of a batch / here: of one rank's part of a batch
-                    loss = loss + weight * memory_retentive_loss(
+                    loss = loss + lambda_ * memory_retentive_loss(
                         old_features, features, args.temperature, args.graph_similarity)
                 loss = share * loss  # Eq. (9)
             loss.backward()
@@ -332,6 +344,7 @@ def train_phase_two(run, old_model, old, new):
                 set_rates(args, optimizer, epoch.progress)
                 optimizer.step()
                 optimizer.zero_grad()
+
         if args.track_gradients:
             epoch.log(**run.gradient_norms(model, order, old))
         if epoch.is_scored:
@@ -341,24 +354,10 @@ def train_phase_two(run, old_model, old, new):
 
 # ---------------------------------------------------------------- main
 
-def phase_one_classes(class_counts, num_old=None):
-    """Class ids of phase one [C1] and of the rest [C2], each from the most to the least frequent, ties by id.
-
-    class_counts: [C]. num_old: C1; None takes many and medium, the classes with at least 20 images (appendix
-    A). Raises ValueError for C1 of 0 or C.
-    """
-    counts = torch.as_tensor(class_counts)
-    # paper: 70 on CIFAR100-LT / here: that rule at all factors; 82 at 50, 70 at 100, 61 at 200
-    chosen = int((~shot_groups(counts)["few"]).sum()) if num_old is None else num_old
-    if not 0 < chosen < len(counts):
-        raise ValueError(f"phase one would have {chosen} of the {len(counts)} classes, and one phase none; "
-                         f"choose --phase-one-classes between 1 and {len(counts) - 1}")
-    return counts.argsort(descending=True, stable=True).tensor_split([chosen])
-
-
 def main(args):
+    does_plain, does_phases = args.plain is not False, not args.plain  # both where neither flag is given
+    path, trained, old = args.phase_one_checkpoint, None, None
     with bad_input():  # whatever is wrong is found before anything is written
-        path, trained, old = args.phase_one_checkpoint, None, None
         if path and (args.plain or args.evaluate):
             raise ValueError("--plain and --evaluate have no phase two; leave out --phase-one-checkpoint")
         if args.graph_similarity == "self" and not args.retentive:
@@ -370,7 +369,7 @@ def main(args):
         C, counts = run.data.num_classes, run.class_counts
         if args.plain and counts.min() == counts.max():  # Figure 1's balanced set: "the same classes"
             counts = long_tail_counts(C, counts.max().item(), 100)
-        if not args.plain or args.track_gradients:
+        if does_phases or args.track_gradients:
             old, new = phase_one_classes(counts, args.phase_one_classes)
         if path:
             trained, saved = load_model(path, run.data.class_names, args.arch)
@@ -379,19 +378,20 @@ def main(args):
                 raise ValueError(f"{path} was trained on other classes than the {len(old)} of phase one here")
         with first_rank_first():  # which downloads the weights
             build_backbone(args.arch, run.data.image_size, pretrained=args.pretrained)
-        run.open(stages=(args.plain is not False) + (not args.plain) * (1 if trained else 2))
+        run.open(stages=does_plain + does_phases * (1 if trained else 2))
 
     with run:
-        if args.plain is not False:
-            name = "plain" + ", instance" * (args.sampling == "instance")
-            epochs, lr = args.plain_epochs or args.epochs, args.lr if args.plain_lr is None else args.plain_lr
+        if does_plain:
+            name = "plain" if args.sampling == "progressive" else "plain, instance"
+            epochs = args.plain_epochs or args.epochs
+            lr = args.lr if args.plain_lr is None else args.plain_lr
             model = train_phase_one(run, name, "plain.pt", torch.arange(C), epochs, lr, old)
             run.add(name, run.scores(model))
-        if not args.plain:
-            old_model = run.place(trained) if trained else \
-                train_phase_one(run, "phase one", "phase_one.pt", old, args.epochs, args.lr, old)
+        if does_phases:
+            old_model = run.place(trained) if trained else train_phase_one(
+                run, "phase one", "phase_one.pt", old, args.epochs, args.lr, old)
             run.add("phase one", run.scores(old_model))
-            model = train_phase_two(run, old_model.eval().requires_grad_(False), old, new)
+            model = train_phase_two(run, old_model, old, new)
             run.add("two phases", run.scores(model))
     return run.finish()
 
