@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common.ranks import say
+from common.ranks import first_rank_first, say
 from common.resnet import CIFAR_DEPTHS, build_encoder, load_weights
 from common.vit import ViT, resize_positions
 
@@ -219,7 +219,8 @@ def encoder_for(data, arch, weights, normalisation, smallest):
     if weights == "embedded":
         weights = pathlib.Path(__file__).parent / "assets" / "fashion_teacher.pt"
     wanted = normalisation or normalisation_of(weights)
-    encoder = load_encoder(arch, weights, renormalise([*data.mean, *data.std], wanted))
+    with first_rank_first():  # it may download
+        encoder = load_encoder(arch, weights, renormalise([*data.mean, *data.std], wanted))
 
     with torch.no_grad():
         side = encoder(torch.zeros(1, 3, smallest, smallest)).shape[-1]

@@ -1,8 +1,10 @@
-"""A ReActNet as a classifier for images of any size, and its export with 1-bit weights."""
+"""CANDLE's student: a ReActNet as a classifier for images of any size; around its training what is no part of
+the method; its export with 1-bit weights."""
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from common.augment import resize
 from common.folder import load_net, save_checkpoint
@@ -41,6 +43,12 @@ class Student(nn.Module):
     def encode(self, images, resolution=None):
         return self.net.features(resize(images, resolution or self.settings["resolution"]))
 
+    def direct_features(self, features, images, resolutions):
+        """CANDLE's Figure 5, for its costs. paper: not described / here: the mean of pooled features: these
+        [N, D] of its own resolution, and those of the others."""
+        others = [r for r in resolutions if r != self.settings["resolution"]]
+        return torch.stack([features, *(self.encode(images, r).mean((2, 3)) for r in others)]).mean(0)
+
     def forward(self, images):
         features = self.encode(images).mean((2, 3))
         return self.classifier(features), features
@@ -63,12 +71,49 @@ def map_shape(arch, width, resolution):
     return D, side
 
 
-def export(path):
-    """Write a student that candle.py saved beside itself, with 1-bit weights. Returns the new file's path.
-    Raises ValueError."""
-    model, saved = load_net(path, "candle", [Student])
-    packed = Path(path).with_name(f"{Path(path).stem}_packed.pt")
+def label_loss(kind, logits, targets, class_counts):
+    """What a student without a teacher learns by: cross-entropy; for kind "balanced-softmax" BALMS's (Ren et
+    al., NeurIPS 2020), whose logits are raised by the classes' log counts. Returns a scalar."""
+    if kind == "balanced-softmax":
+        logits = logits + class_counts.log().to(logits.device)
+    return F.cross_entropy(logits, targets)
+
+
+def optimizer_for(args, net, device):
+    """Adam, or by --student-optimizer sgd SGD with momentum, of a net's parameters."""
+    if args.student_optimizer == "sgd":
+        return torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    return torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay,
+                            fused=device.type != "mps")
+
+
+def variant(args):
+    """What a stage's name says of a student that is not CANDLE's own. It is a key of seeds: another name
+    trains another net."""
+    said = {
+        "balanced softmax": args.from_scratch == "balanced-softmax",
+        "full precision": not args.binarize,
+        "cosine": args.classifier == "cosine",
+        "sgd": args.student_optimizer == "sgd",
+        "direct": args.direct_multi_resolution,
+        "class-balanced": args.student_sampling == "class-balanced",
+    }
+    return "".join(f", {word}" for word, holds in said.items() if holds)
+
+
+def export(args, evaluate):
+    """Write a student that candle.py saved, args.export, beside itself with 1-bit weights; name that file
+    args.evaluate, and return what evaluate() does: the data, which only scores need, may be missing. Raises
+    ValueError where it is no such student."""
+    model, saved = load_net(args.export, "candle", [Student])
+    path = Path(args.export)
+    packed = path.with_name(f"{path.stem}_packed.pt")
     settings = {**saved["settings"], "binarize": "activations"}
     save_checkpoint(packed, {**saved, "settings": settings, "state_dict": pack(model)})
     say(f"wrote {packed}: {packed.stat().st_size / 1e6:.2f} MB")
-    return str(packed)
+
+    args.evaluate = str(packed)
+    try:
+        return evaluate()
+    except ValueError as reason:
+        return say(f"not scored: {reason}")
