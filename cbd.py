@@ -1,9 +1,9 @@
 """Class-Balanced Distillation for Long-Tailed Visual Recognition (CBD)
 Iscen, Araujo, Gong, Schmid. BMVC 2021, https://arxiv.org/abs/2104.05279
 
-Stage one trains K teachers with instance sampling. Stage two trains a student from scratch with
-class-balanced sampling, and pulls its features towards the teachers'; with K > 1 a linear layer h maps them
-to the width of all teachers' features together. All classifiers are cosine ones.
+Instance sampling gives good features but a classifier that favours the head; class-balanced sampling one
+that overfits the tail. So stage one trains K teachers with the first. Stage two trains a student from scratch
+with the second, its features drawn to the teachers' (K > 1: through a linear h, as wide as theirs together).
 
     python cbd.py                                                     # embedded images, 2 minutes on 2 cores
     python cbd.py --dataset cifar100_lt --teachers 4
@@ -12,8 +12,8 @@ to the width of all teachers' features together. All classifiers are cosine ones
 Expect (last epoch, all classes, 5 seeds, results/cbd.md) on the embedded images: teacher 71.6 +- .6,
 class-balanced sampling 77.8 +- .5, CBD 78.7 +- .3.
 
-Departures stand behind `paper:`; [G] is the authors' code, google-research/class_balanced_distillation.
-Pixels (not described; [G]: in [0, 1]) are minus mean, over std.
+[G]: the authors' code, google-research/class_balanced_distillation. Departures stand at their lines; those in
+common/, paper: pixels and crops open / here: minus mean, over std; padded crops, above 64 pixels [G]'s.
 """
 import copy
 import math
@@ -31,23 +31,24 @@ from common.run import Run
 
 # ---------------------------------------------------------------- recipes
 
-SMALL = dict(  # ours: LDAM-DRW's net, batch, epochs and lr. paper: nothing smaller than ImageNet-LT
+SMALL = dict(  # paper: nothing smaller than ImageNet-LT / here: LDAM-DRW's net, batch, epochs and lr
     arch="resnet32", epochs=200, batch_size=128, lr=0.1, evaluate_every=5, quick=dict(epochs=30),
     weight_decay=5e-4)  # MiSLAS's README; its configs and LDAM-DRW: 2e-4
-LARGE = dict(  # section 4.1, appendix A.2; [G]: lr .05 at batch 128
+LARGE = dict(  # section 4.1, appendix A.2 ([G]: lr .05 at batch 128)
     arch="resnet50", epochs=200, batch_size=256, lr=0.2, evaluate_every=1, quick=dict(epochs=30),
-    weight_decay=1e-4)  # paper: not given; [G]: half of 5e-4 (iNaturalist 2e-4), on batch norm's too
-FASHION = {**SMALL, "arch": "resnet14", "epochs": 20, "batch_size": 32, "quick": dict(epochs=5)}
+    weight_decay=1e-4)  # paper: not given / here: as [G], whose 2e-4 its loss halves; on batch norm's too
+FASHION = {**SMALL, "arch": "resnet14", "epochs": 20, "batch_size": 32, "quick": dict(epochs=5)}  # ours
 RECIPES = {
     "fashion_lt": FASHION, "cifar10_lt": SMALL, "cifar100_lt": SMALL,
-    "imagenet_lt": {**LARGE, "epochs": 90, "weight_decay": 2.5e-4},
-    "inat18": LARGE, "inat17": LARGE,  # weight decay: inat17's is iNat18's
+    "imagenet_lt": {**LARGE, "epochs": 90, "weight_decay": 2.5e-4},  # [G]: 5e-4, halved
+    "inat18": LARGE, "inat17": LARGE,  # paper: not given / here: inat17's weight decay is inat18's
     # ours, for own images: at 64 pixels as the embedded set; or (not measured) at 224 from ImageNet's weights
     "small": {**FASHION, "image_size": 64},
     "small_224": dict(LARGE, pretrained=True, epochs=20, batch_size=32, lr=0.01, quick=dict(epochs=5)),
 }
-DISTILLING, FROM_TEACHER = ("cbd", "kd", "hybrid"), ("finetune", "crt")
-ALONE = "class-balanced", "logit-adjusted"  # without a teacher
+DISTILLING = "cbd", "kd", "hybrid"  # second stages: a student from scratch, with teachers
+FROM_TEACHER = "finetune", "crt"  # a copy of the first teacher, trained further
+ALONE = "class-balanced", "logit-adjusted"  # a net from scratch, without a teacher
 
 
 def parse_args(argv=None):
@@ -69,7 +70,7 @@ def parse_args(argv=None):
     add("--pretrained", action=BOOLEAN, default=False, help="nets start from torchvision's ImageNet weights")
     add("--alpha", type=fraction, default=0.4, help="weight of the distillation, Eq. (2)")
     add("--beta", type=number, default=100.0, help="scale of the feature distillation, Eq. (2)")
-    add("--gamma", type=positive, default=20.0, help="scale of the cosine classifier")  # [G]; paper: open
+    add("--gamma", type=positive, default=20.0, help="cosine classifier's scale")  # paper: open / here: [G]'s
     add("--temperature", type=positive, default=2.0, help="T of kd and hybrid, Eq. (3)")
     add("--noise", type=number, default=0.01, help="sigma of the augmented kind's noise, in [0, 1]")  # [G]: 0
     return parser.parse_args(argv)
@@ -83,14 +84,10 @@ def instance_indices(targets, generator):
 
 
 def class_balanced_indices(targets, generator, length=None):
-    """Every class equally likely, p_j = 1 / c (section 3.2); inside a class a shuffled cycle, so that no
-    image repeats before all of its class were drawn. Each call (each epoch) begins new cycles.
-
-    targets: class ids [n]. generator: a CPU torch.Generator. length: indices to draw (None: n).
-    Returns int64 [length]. Raises ValueError.
-    """
+    """Every class equally likely, p_j = 1 / c (section 3.2). targets: class ids [n]. generator: a CPU
+    torch.Generator. length: indices to draw (None: n). Returns int64 [length]. Raises ValueError."""
     targets = torch.as_tensor(targets)
-    length = len(targets) if length is None else length
+    length = len(targets) if length is None else length  # paper: an epoch's length not given / here: n
     if targets.ndim != 1 or targets.is_floating_point() or not len(targets) or min(targets.min(), length) < 0:
         raise ValueError(f"targets must be class ids [n], length not negative, got {targets} and {length}")
     class_sizes = torch.bincount(targets)
@@ -100,10 +97,11 @@ def class_balanced_indices(targets, generator, length=None):
     drawn = torch.randint(len(classes), (length,), generator=generator)
     slots = drawn.argsort(stable=True).split(torch.bincount(drawn, minlength=len(classes)).tolist())
     indices = torch.empty(length, dtype=torch.int64)
-    for images, places in zip(members, slots):  # a class's images, and where in the epoch it was drawn
-        cycles = math.ceil(len(places) / len(images))
-        shuffled = torch.rand(cycles, len(images), generator=generator).argsort(1)  # each row a permutation
-        indices[places] = images[shuffled].flatten()[:len(places)]
+    # paper: which image of a class not said / here: a new shuffled cycle an epoch, no repeats before its end
+    for own, places in zip(members, slots):  # a class's images, and where in the epoch it was drawn
+        cycles = math.ceil(len(places) / len(own))
+        shuffled = torch.rand(cycles, len(own), generator=generator).argsort(1)  # each row a permutation
+        indices[places] = own[shuffled].flatten()[:len(places)]
     return indices
 
 
@@ -117,13 +115,10 @@ def feature_distillation_loss(student, teacher):
 
 
 def cbd_loss(logits, targets, student_features, teacher_features, alpha=0.4, beta=100.0):
-    """Eq. (2), as a mean over the batch; with h(v) and the K teachers' concatenated features, Eq. (4). l_F is
-    written out again, so that this function can be copied alone.
-
-    logits: [N, C]; targets: class ids [N]; features: [N, D]. Returns a scalar. Raises ValueError.
-    """
+    """Eq. (2), the mean of a batch; with h(v) and K teachers' features side by side Eq. (4). logits: [N, C];
+    targets: class ids [N]; features: [N, D]. Returns a scalar. Raises ValueError. l_F: again, for copying."""
     shapes = [list(x.shape) for x in (logits, targets, student_features, teacher_features)]
-    if shapes[2] != shapes[3] or {len(shape) for shape in shapes[::2]} != {2} or not 0 <= alpha <= 1 or \
+    if logits.ndim != 2 or student_features.ndim != 2 or shapes[2] != shapes[3] or not 0 <= alpha <= 1 or \
             not len(logits) == len(targets) == len(student_features):
         raise ValueError(f"must be [N, C], [N], [N, D], [N, D], alpha in [0, 1]; got {shapes}, {alpha}")
     l_f = (1 - F.cosine_similarity(student_features.float(), teacher_features.float(), dim=1)).mean()
@@ -147,8 +142,7 @@ class CBDNet(nn.Module):
     """Backbone f, projection h where there are several teachers, cosine classifier g_W.
 
     project_to: width of all teachers' features together, or None: no h. projection: "relu" for relu(h(v)),
-    "linear" for h(v). forward: images [N, 3, H, W] -> (logits [N, C], features: v [N, D], or
-    [N, project_to]); the classifier sees these features.
+    "linear" for h(v). forward: images [N, 3, H, W] -> (logits [N, C], what the classifier sees [N, D]).
     """
 
     def __init__(self, arch, num_classes, gamma=20.0, project_to=None, image_size=32, projection="relu",
@@ -163,9 +157,9 @@ class CBDNet(nn.Module):
         if project_to:  # [G]: Keras's default
             nn.init.xavier_uniform_(self.h.weight)
             nn.init.zeros_(self.h.bias)
-        # paper: the classifier and l_F take h(v) / here: relu(h(v)), as in [G], as the teachers' features are
-        # not negative either; --projection linear is the paper's
-        self.rectify = nn.ReLU() if projection == "relu" else nn.Identity()
+        # paper: h takes v of unit length (3.1), g_W and l_F take h(v) / here, as in [G]: v of any length, and
+        # relu(h(v)), as the teachers' features are not negative either; --projection linear: no relu
+        self.rectify = nn.ReLU() if projection == "relu" else nn.Identity()  # without h: no change
         self.classifier = CosineClassifier(self.feature_dim, num_classes, gamma)
 
     def forward(self, images):
@@ -175,11 +169,12 @@ class CBDNet(nn.Module):
 
 class Teachers(nn.ModuleList):
     """K frozen teachers as one net. forward: images -> (the mean of their logits [N, C], V_hat [N, sum of
-    D_k]: their features, each of unit length, side by side)."""
+    D_k]: their features, each of unit length as in section 3.1, side by side)."""
 
     @torch.no_grad()
     def forward(self, images):
         logits, features = zip(*(teacher(images) for teacher in self))
+        # paper: "average output" (4.3), and one teacher in Eq. (3) / here: mean logits, as in [G], for both
         return torch.stack(logits).mean(0), torch.cat([F.normalize(v.float(), dim=1) for v in features], 1)
 
 
@@ -191,14 +186,12 @@ def new_net(run, name, project_to=None):
 
 
 def load_model(path, class_names=None, arch=None):
-    """A saved net in eval mode, on the CPU, and what was saved with it (class_names, mean, std, augmentation,
-    ...). class_names: of the data that it is to meet; arch: refuse a net that has another. Raises
-    ValueError."""
+    """A saved net in eval mode, on the CPU, and what was saved; ValueError for other class_names or arch."""
     return load_net(path, "cbd", [CBDNet], class_names, arch)
 
 
 def cosine_lr(progress, lr):
-    """Half a cosine from lr to 0, without warm-up. progress: a fraction of the epochs, in [0, 1]."""
+    """Half a cosine from lr to 0 (appendix A.2), no warm-up. progress: fraction of the epochs, in [0, 1]."""
     return lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -210,19 +203,19 @@ def train_teacher(run, name, file, kind):
     args, model = run.args, run.place(new_net(run, name))
     forward = run.compiled(model)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay,
-                                fused=run.device.type == "cuda")
+                                fused=run.device.type == "cuda")  # appendix A.2
 
     for epoch in run.epochs(name, file, model, optimizer, args.epochs, augmentation=kind):
         model.train()
         indices = instance_indices(run.targets, epoch.generator)
 
-        for images, targets, share, ends_step in epoch.batches(indices):
+        for images, targets, share, ends_step in epoch.batches(indices):  # share: of a global batch
             with run.autocast():  # paper: precision not given / here: bf16 where the device computes it
                 logits, _ = forward(images)
-                loss = share * F.cross_entropy(logits, targets)  # Eq. (1); share: 1, or a rank's part
+                loss = share * F.cross_entropy(logits, targets)  # Eq. (1). paper: sum / here: mean
             loss.backward()
             epoch.track(loss=loss)
-            if ends_step:
+            if ends_step:  # the batch's last part on this rank
                 run.sum_gradients(model)
                 optimizer.param_groups[0]["lr"] = cosine_lr(epoch.progress, args.lr)
                 optimizer.step()
@@ -233,12 +226,32 @@ def train_teacher(run, name, file, kind):
     return model
 
 
+def default_kinds(num_teachers):
+    """Standard and augmented in turn, an odd last one augmented: Table 1's best rows for K of 2 to 5.
+    paper: for K = 1 the augmented one is better / here: standard, as Table 2's CBD."""
+    return ["augmented" if i % 2 or i == num_teachers - 1 > 0 else "standard" for i in range(num_teachers)]
+
+
+def teacher_kinds(args):
+    """The teachers' kinds, as named or by default; [] where none is needed. Raises ValueError."""
+    given, only = args.teacher_kinds or args.teacher_checkpoints or [], args.only_teacher
+    K = args.teachers or len(given) or 1
+    if (args.teacher_kinds and args.teacher_checkpoints) or (given and len(given) != K):
+        raise ValueError("--teachers, --teacher-kinds and --teacher-checkpoints contradict one another")
+    if only and (args.teacher_checkpoints or only > K):
+        raise ValueError(f"--only-teacher trains one of the {K} teachers, from 1, and takes no checkpoints")
+    alone = args.second_stage in ALONE and not only
+    if alone and (args.teachers or given):
+        raise ValueError(f"--second-stage {args.second_stage} has no teacher; leave out flags about them")
+    return [] if alone else args.teacher_kinds or default_kinds(K)
+
+
 # ---------------------------------------------------------------- stage two: student, or a baseline
 
 def objective(args, images, targets, logits, features, teachers):
     """Table 2's and Figure 2's rows: what --second-stage minimises on a batch. Returns a scalar."""
     if args.second_stage not in DISTILLING:
-        return F.cross_entropy(logits, targets)
+        return F.cross_entropy(logits, targets)  # Eq. (1)
 
     teacher_logits, teacher_features = teachers(images)
     if args.second_stage == "cbd":
@@ -265,13 +278,14 @@ def second_net(run, teachers):
 
 def second_name(args, kinds, sampling):
     """The stage's name. It is a key of seeds: another name trains another net."""
-    name = args.second_stage
-    if name in DISTILLING:
-        name += f", K={len(kinds)}" + ("" if kinds == default_kinds(len(kinds)) else " of " + " ".join(kinds))
-    name += f" of {kinds[0]}" if args.second_stage in FROM_TEACHER else ""
-    name += f", h {args.projection}" * (args.projection is not None)
-    name += ", logit-adjusted" * (args.loss == "logit-adjusted") + ", instance" * (sampling == "instance")
-    return name + ", augmented" * (args.student_augmentation == "augmented")
+    stage, K = args.second_stage, len(kinds)
+    name = f"{stage} of {kinds[0]}" if stage in FROM_TEACHER else stage
+    if stage in DISTILLING:
+        name += f", K={K}" + ("" if kinds == default_kinds(K) else " of " + " ".join(kinds))
+    projection = f"h {args.projection}" if args.projection else None
+    settings = [projection, args.loss, sampling, args.student_augmentation]
+    usual = None, "ce", "class-balanced", "standard"
+    return ", ".join([name, *(each for each in settings if each not in usual)])
 
 
 def train_student(run, teachers, kinds):
@@ -286,10 +300,11 @@ def train_student(run, teachers, kinds):
     sample = class_balanced_indices if sampling == "class-balanced" else instance_indices
     # paper: crt's epochs and lr not given / here: 10 as classifier-balancing@f162ade, at stage one's lr
     epochs = args.second_stage_epochs or (10 if args.second_stage in FROM_TEACHER else args.epochs)
-    lr = 0.01 if args.second_stage == "finetune" else args.lr  # footnote 2; here with the cosine, too
+    lr = 0.01 if args.second_stage == "finetune" else args.lr  # paper: footnote 2 / here: on a cosine, too
     lr = lr if args.second_stage_lr is None else args.second_stage_lr
 
-    name, model = second_name(args, kinds, sampling), run.place(second_net(run, teachers))
+    name = second_name(args, kinds, sampling)
+    model = run.place(second_net(run, teachers))
     forward = run.compiled(model)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=args.weight_decay,
                                 fused=run.device.type == "cuda")
@@ -303,7 +318,7 @@ def train_student(run, teachers, kinds):
             with run.autocast():
                 logits, features = forward(images)
                 logits = logits + log_prior if adjusted else logits  # Menon et al. (ICLR 2021)
-                loss = share * objective(args, images, targets, logits, features, teachers)  # Eq. (2), (4)
+                loss = share * objective(args, images, targets, logits, features, teachers)
             loss.backward()
             epoch.track(loss=loss)
             if ends_step:
@@ -320,7 +335,7 @@ def train_student(run, teachers, kinds):
 # ---------------------------------------------------------------- main
 
 def assess(run, model):
-    """A net's scores, and its nearest class mean's accuracy (appendix A.5)."""
+    """A net's scores and NCM (A.5; paper: distance not named / here: cosine of what the classifier sees)."""
     logits, features, targets = run.outputs(model)
     means = run.class_means(model)
     nearest = nearest_class_mean(means, torch.arange(len(means)), features, len(means))
@@ -328,48 +343,33 @@ def assess(run, model):
     return {**scores(logits, targets, run.data.class_counts), "ncm": ncm}
 
 
-def default_kinds(num_teachers):
-    """Standard and augmented in turn, an odd last one augmented: Table 1's best rows for K of 2 to 5.
-    paper: for K = 1 the augmented one is better / here: standard, as Table 2's CBD."""
-    return ["augmented" if i % 2 or i == num_teachers - 1 > 0 else "standard" for i in range(num_teachers)]
-
-
-def teacher_kinds(args):
-    """The K teachers' kinds, as named or by default; [] where the second stage needs none. Raises ValueError
-    where flags contradict one another."""
-    given, only = args.teacher_kinds or args.teacher_checkpoints or [], args.only_teacher
-    K = args.teachers or len(given) or 1
-    if args.teacher_kinds and args.teacher_checkpoints or given and len(given) != K:
-        raise ValueError("--teachers, --teacher-kinds and --teacher-checkpoints contradict one another")
-    if only and (args.teacher_checkpoints or only > K):
-        raise ValueError(f"--only-teacher trains one of the {K} teachers, from 1, and takes no checkpoints")
-    if args.second_stage in ALONE and not only and (args.teachers or given):
-        raise ValueError(f"--second-stage {args.second_stage} has no teacher; leave out flags about them")
-    return [] if args.second_stage in ALONE and not only else args.teacher_kinds or default_kinds(K)
-
-
 def main(args):
     with bad_input():  # whatever is wrong is found before anything is written
-        kinds, paths, run = teacher_kinds(args), args.teacher_checkpoints or [], Run("cbd", args)
-        run.data.color_jitter = 0.0  # "standard" is crop and flip alone, as in [G]
+        kinds, run = teacher_kinds(args), Run("cbd", args)
+        run.data.color_jitter = 0.0  # some data sets' "standard" has it; here crop and flip alone, as in [G]
         if args.evaluate:
             return run.evaluate(load_model, assess)
-        trained = [load_model(path, run.data.class_names, args.arch) for path in paths]
-        run.normalise_as(*(saved for _, saved in trained), paths=paths)
+
+        given = [load_model(path, run.data.class_names, args.arch) for path in args.teacher_checkpoints or []]
+        run.normalise_as(*(saved for _, saved in given), paths=args.teacher_checkpoints)
+        kinds = [saved["augmentation"] for _, saved in given] or kinds
         build_backbone(args.arch, run.data.image_size)  # fails now if it cannot be built
-        run.open(stages=1 if args.only_teacher else len(kinds) * (not trained) + 1)
+        run.open(stages=1 if args.only_teacher or given else len(kinds) + 1)
 
     with run:
-        kinds, teachers = [saved["augmentation"] for _, saved in trained] or kinds, Teachers()
-        for number, kind in enumerate(kinds, 1):
-            if args.only_teacher in (None, number):
-                name = f"teacher {number}, {kind}"
-                teacher = run.place(trained[number - 1][0]) if trained else \
-                    train_teacher(run, name, f"teacher_{number}.pt", kind)
+        teachers = Teachers()
+        for k, kind in enumerate(kinds, 1):
+            if args.only_teacher in (None, k):
+                name = f"teacher {k}, {kind}"
+                if given:
+                    teacher = run.place(given[k - 1][0])
+                else:
+                    teacher = train_teacher(run, name, f"teacher_{k}.pt", kind)
                 run.add(name, assess(run, teacher))
                 teachers.append(teacher.eval().requires_grad_(False))
+
         if args.only_teacher is None:
-            if len(teachers) > 1:  # section 4.3: the average output (as [G]: of logits); NCM on V_hat
+            if len(teachers) > 1:  # section 4.3; its NCM is on V_hat
                 run.add(f"teacher ensemble, K={len(teachers)}", assess(run, teachers))
             name, student = train_student(run, teachers, kinds)
             run.add(name, assess(run, student))
