@@ -154,7 +154,7 @@ class Parser(argparse.ArgumentParser):
         settings.update(settings.pop("quick") if known.quick else {})
         settings.pop("quick", None)
         if name.startswith("small") and n:
-            # few images take as many steps as 2,500 would; those shown at 64 pixels as 1,250, for a step costs
+            # few images take as many steps as 2,500 would; those shown at 64 pixels as 1,250, as a step costs
             # four times as much, and a run of 231 is to end within minutes on two cores
             enough = 2500 if side and side <= 40 else 1250
             settings.update({key: math.ceil(value * max(1, enough / n)) for key, value in settings.items()

@@ -6,7 +6,7 @@
 
 Ours is what the scripts run, without schedule, logs and checkpoints; the peers' loop and nets are those of
 tests/peers.py. In every round each variant does an epoch of a few steps; the first step, in which workers
-start and kernels are chosen, is not timed. Right behind it torch.mm is timed in the same precision: the floor.
+start and kernels are chosen, is not timed. Right behind it torch.mm is, in the same precision: the floor.
 
 A ratio is ours over the peer's images per second in the same round; a share is what part of the floor's
 FLOP/s the products of the variant's own steps reach. Shown are medians over the rounds. Peak memory is that
