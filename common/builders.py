@@ -174,7 +174,7 @@ def build_folder(name, data_dir, imb_factor, seed, own=Own()):
     root, test = Path(data_dir), None
     training = root / "train" if own.test_fraction is None else _training_folder(root)
     class_names = sorted({composed(name) for name in class_folders(
-        training, f"{root}/{{train,test}}/CLASS/*.jpg")})
+        training, f"{root}/{{train,test}}/CLASS/*.jpg; for {root}/CLASS/*.jpg give --test-fraction 0.2")})
     train = _scanned(training, class_names)
 
     if own.test_fraction is None:
@@ -287,10 +287,8 @@ def _size_shown(name, data_dir, train_list=None):
     side = image_side(name, data_dir, train_list)
     if side is None:
         raise ValueError(f"none of the image files in {train_list or data_dir} can be decoded")
-    shown = side if side <= 64 else 224
-    note(f"the longer side of the images looked at is {side} (median): they are shown at {shown} pixels, "
-         "where no flag or recipe names another size")
-    return shown
+    note(f"the longer side of the images looked at is {side} pixels (median)")
+    return side if side <= 64 else 224
 
 
 def _statistics(name):

@@ -72,9 +72,11 @@ def draw_panel(ax, panel):
     for (label, xs, ys), colour in zip(panel.get("bars", ()), COLOURS):
         ax.bar(xs, ys, color=colour, label=textwrap.fill(label, WIDTH))
 
+    if panel["y"] == "accuracy, %":  # so that panels side by side can be compared
+        ax.set_ylim(0, 100)
     if panel.get("level") == "y = x":
         ax.axline((0, 0), slope=1, color="#777777", linewidth=0.8)
-        ax.set(xlim=(0, 100), ylim=(0, 100))
+        ax.set_xlim(0, 100)
     elif "level" in panel:
         ax.axhline(panel["level"], color="#777777", linewidth=0.8)
 

@@ -141,6 +141,9 @@ def classes(runs, args):
             sizes, accuracy = zip(*pairs)
             dots.append((sizes, accuracy))
             lines.append((label, *running_mean(sizes, accuracy)))
+        factors = {run["args"].get("imb_factor") for run, _ in rows.values()}
+        if len(factors) == 1 and None not in factors:
+            title += f", factor {factors.pop():g}"
         panels.append(dict(title=title, x=SIZE, y="accuracy, %", lines=lines, dots=dots, x_log=True,
                            x_falls=True))
     return panels
@@ -148,7 +151,7 @@ def classes(runs, args):
 
 def running_mean(sizes, values):
     """Means over each class and a tenth of all on either side, by rank: (geometric of sizes, of values)."""
-    reach = max(1, len(sizes) // 10)
+    reach = len(sizes) // 10  # under ten classes: the classes themselves
     around = [slice(max(0, i - reach), i + reach + 1) for i in range(len(sizes))]
     return ([math.exp(statistics.fmean(math.log(max(size, 1)) for size in sizes[near])) for near in around],
             [statistics.fmean(values[near]) for near in around])

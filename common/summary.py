@@ -22,6 +22,9 @@ NOT_SETTINGS = {  # flags that say where a run computes, which stages, and what 
     "teachers", "only_teacher", "stage"}
 
 
+SAME = ("per_class_accuracy", "ece")  # of one net, scored twice; two that know a single class differ in ECE
+
+
 def read_results(paths):
     """The contents of the result.json files at or in `paths`, each with its "path"; and the paths that have
     none. Raises ValueError, naming what is missing or cannot be read."""
@@ -61,12 +64,14 @@ def in_words(args, flags):
 def group_stages(results):
     """{(method, data set, stage name, settings): [(result, stage), ...]}, in the order of first appearance.
 
-    settings: "" where a stage has but one group, else the flags that tell its groups apart. A stage joins a
-    group where another has its settings, or is the same one: of its seed, with its scores.
+    data set: its name, of a folder the folder's. settings: "" where a stage has but one group, else the flags
+    that tell its groups apart. A stage joins a group where another has its settings, or is the same one: of
+    its seed, with its scores.
     """
     runs, stages = {}, {}
     for result in results:
-        key = result["method"], result["dataset"]
+        folder = f" {Path(result['args']['data_dir']).name}" if result["dataset"] == "folder" else ""
+        key = result["method"], result["dataset"] + folder
         runs.setdefault(key, []).append(result)
         for stage in result["stages"]:
             stages.setdefault((*key, stage["name"]), []).append((result, stage))
@@ -86,7 +91,7 @@ def _set_apart(members, flags):
     def belongs(result, stage, group):
         return any(all(result["args"][flag] == other["args"][flag] for flag in flags) or (
             result["seed"] == other["seed"] and stage["all"] is not None
-            and stage["per_class_accuracy"] == same["per_class_accuracy"]) for other, same in group)
+            and all(stage.get(key) == same.get(key) for key in SAME)) for other, same in group)
 
     groups = []
     for result, stage in members:

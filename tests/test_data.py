@@ -332,10 +332,10 @@ def test_a_folder_is_cut_with_its_largest_class_as_n_max(tmp_path):
 
 
 @pytest.mark.parametrize("side, shown", [(65, 224), (64, 64)])
-def test_large_images_are_shown_at_224_pixels_and_it_is_said(side, shown, tmp_path, capsys):
+def test_large_images_are_shown_at_224_pixels_and_their_side_is_said(side, shown, tmp_path, capsys):
     tree(tmp_path, {"a": 1, "b": 1}, size=(10, side))
     assert load("folder", tmp_path).image_size == shown
-    assert f"looked at is {side} (median): they are shown at {shown} pixels" in capsys.readouterr().out
+    assert f"looked at is {side} pixels (median)" in capsys.readouterr().out
 
 
 def test_a_folder_whose_first_image_is_damaged_is_no_traceback(tmp_path):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from common.augment import normalise
 from common.figure import COLOURS, LOOK, draw
-from common.plot import KINDS, main, read_run
+from common.plot import KINDS, main, read_run, running_mean
 from common.predict import load_any
 from tests.tiny import ROOT
 
@@ -64,9 +64,13 @@ def test_classes_are_dots_by_size_with_their_running_mean_over_seeds(two_seeds):
     sizes, accuracy = panel["dots"][0]
     assert list(sizes) == [COUNTS[c] for c in BY_SIZE]
     assert list(accuracy) == pytest.approx([90, 60, 40, 21])  # class 0: the mean of 20 and 22
-    _, xs, ys = panel["lines"][0]
-    assert ys == pytest.approx([75, (90 + 60 + 40) / 3, (60 + 40 + 21) / 3, (40 + 21) / 2])
-    assert xs[1] == pytest.approx((500 * 100 * 25) ** (1 / 3)) and panel["x_log"] and panel["x_falls"]
+    _, xs, ys = panel["lines"][0]  # of four classes the line joins the dots
+    assert ys == pytest.approx(accuracy) and xs == pytest.approx(sizes)
+    assert panel["x_log"] and panel["x_falls"]
+
+    xs, ys = running_mean([100, 50, *[10] * 8], [90, 60, *[30] * 8])
+    assert ys == pytest.approx([75, 60, 40, *[30] * 7])
+    assert xs[1] == pytest.approx((100 * 50 * 10) ** (1 / 3))
 
 
 def test_each_method_has_a_panel_with_its_baseline_and_itself(tmp_path, two_seeds):

@@ -8,11 +8,13 @@ import struct
 import sys
 import termios
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from async_lt import AsyncNet
 from common import predict
 from common import run as common_run
 from common.data import load
@@ -139,3 +141,14 @@ def test_a_terminal_s_bar_counts_stages_and_shows_loss_and_time_left(method, tmp
     assert {bar[4] for bar in bars} == {"1", "2"} and all(float(bar[5]) >= 0 for bar in bars)
     assert re.fullmatch(r"\d\d:\d\d", bars[-1][3])
     assert shown[0].endswith("\r") and "%|" not in capsys.readouterr().out  # cleared, and never in a file
+
+
+def test_compile_takes_the_backbone_and_leaves_classifier_and_weights(monkeypatch):
+    compiled, model = [], AsyncNet("resnet14", 3)
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
+    twin = common_run.Run.compiled(SimpleNamespace(args=SimpleNamespace(compile=True)), model)
+    assert compiled == [model.backbone] and twin is not model
+
+    logits, _ = twin(torch.randn(2, 3, 8, 8))
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -68,6 +68,17 @@ def test_runs_that_differ_under_one_name_seed_and_settings_are_refused(summary, 
     assert f"{tmp_path}/0" in line and f"{tmp_path}/1" in line and "70.0 and 75.0" in line
 
 
+def test_two_nets_that_know_one_class_alone_and_two_folders_are_kept_apart(summary):
+    runs = [result(0, 50.0, lr=lr) for lr in (0.1, 0.2)]
+    for run, ece in zip(runs, (9.0, 8.0)):
+        run["stages"][0]["ece"] = ece
+    runs += [result(seed, 70.0 + seed, dataset="folder", data_dir=f"/data/{place}")
+             for seed, place in enumerate(("birds", "bees"))]
+    text = summary(runs)
+    assert "| student | lr 0.1 | 1 |" in text and "| student | lr 0.2 | 1 |" in text
+    assert "| cbd, folder birds |" in text and "| cbd, folder bees |" in text
+
+
 def test_other_settings_have_a_row_of_their_own_that_names_what_differs(summary):
     text = summary([result(0, 70.0, out="a"), result(1, 72.0, out="b"), result(1, 60.0, lr=0.2),
                     result(0, 50.0, lr=0.2, binarize=False), result(0, 20.0, dataset="other", lr=0.3)])
