@@ -211,7 +211,7 @@ def test_the_checker_prints_each_oddity_of_a_tree_whatever_the_terminal_s_encodi
     assert main(["folder", "--data-dir", str(tmp_path)]) == 1
     sys.stdout.flush()
     shown = sys.stdout.buffer.getvalue().decode("ascii")
-    for line in (*ODDITIES.values(), "shown at 20 pixels", "8 things are wrong"):
+    for line in (*ODDITIES.values(), "looked at is 20 pixels (median)", "8 things are wrong"):
         assert line in shown, (line, shown)
 
 
