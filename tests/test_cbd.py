@@ -73,8 +73,17 @@ def test_one_teacher_needs_no_projection_and_several_get_one():
     assert logits.abs().max() <= 20 and (four.h.bias == 0).all()
 
     linear = cbd.CBDNet("resnet14", 10, gamma=5.0, project_to=256, projection="linear")
+    linear.h.weight.data.neg_()
     logits, features = linear(torch.rand(3, 3, 8, 8))
     assert (features < 0).any() and logits.abs().max() <= 5
+
+
+@pytest.mark.parametrize("projection", ["relu", "linear"])
+def test_no_unit_of_h_starts_dead(projection):
+    torch.manual_seed(0)
+    net = cbd.CBDNet("resnet14", 10, project_to=256, projection=projection)
+    assert (net(torch.randn(200, 3, 16, 16))[1].detach() > 0).any(0).all()  # with weights of both signs a third is 0
+    assert net.h.weight.max().item() == pytest.approx((6 / (64 + 256)) ** .5, rel=.01)  # Glorot's range
 
 
 def test_teachers_give_unit_features_side_by_side_and_the_mean_of_their_logits():
