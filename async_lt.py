@@ -70,7 +70,7 @@ def parse_args(argv=None):
     add("--margin", action=BOOLEAN, default=True, help="the intra-classification loss of Eq. (9)")
     add("--imprint", action=BOOLEAN, default=True, help="start new rows at their class means")
     add("--scale", type=positive, default=10.0, help="of the cosine classifier, at the start")
-    add("--arch", choices=ARCHS, help="backbone")
+    add("--arch", choices=ARCHS, metavar="NET", help="resnet14, 20, 32, 44, 56, 110; 10, 18, 34, 50, 101, 152")
     add("--pretrained", action=BOOLEAN, default=False, help="start from ImageNet weights")
     add("--plain-epochs", type=count, help="(--epochs)")
     add("--phase-two-epochs", type=count, help="(--epochs) over the memory bank and the rest")

@@ -73,8 +73,8 @@ def parse_args(argv=None):
     add("--mgp-checkpoint", type=text, metavar="FILE", help="instead of stage one: an mgp.pt, or the encoder "
         "of facebookresearch/mae, of LiVT's authors, or a plain ViT of timm; --arch, --patch-size must fit")
     add("--from-scratch", action=BOOLEAN, default=False, help="leave out stage one")
-    add("--loss", nargs="+", choices=LOSSES, default=["balanced-bce", "bce"],
-        help="of fine-tuning; each trains a net, the first is the run's own")
+    add("--loss", nargs="+", choices=LOSSES, metavar="LOSS", default=["balanced-bce", "bce"],
+        help=f"{', '.join(LOSSES)}: of fine-tuning; each trains a net, the first is the run's own")
     add("--tau", type=number, help="factor of the balanced losses' bias")
     add("--images-per-class", type=count, metavar="N", help="train on the first N of each class")
     add("--arch", choices=SIZES, help="size of the ViT")

@@ -1,6 +1,7 @@
 """Panels of lines, dots, bars and images, drawn by matplotlib, for a paper's column."""
 import math
 import textwrap
+from pathlib import Path
 
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"  # Okabe and Ito's
 STYLES = "-", "--", "-.", ":", "-", "--", "-."
@@ -21,8 +22,10 @@ def save(panels, out):
 
     if not str(out).endswith((".png", ".svg", ".pdf")):
         raise ValueError(f"a picture's file must end in .png, .svg or .pdf, got {out}")
+    half = Path(out).with_name(f"unfinished_{Path(out).name}")  # a picture is whole, or not there
     with matplotlib.rc_context(LOOK):
-        draw(panels).savefig(out)
+        draw(panels).savefig(half)
+    half.replace(out)
 
 
 def draw(panels):

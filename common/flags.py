@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc, recipes):
         super().__init__(
-            usage="%(prog)s [flags]", description=doc.split("\n\n")[0], allow_abbrev=False,
+            usage="%(prog)s [flags]", description=doc.split("\n")[0], allow_abbrev=False,
             conflict_handler="resolve", formatter_class=_Help,
             epilog="Defaults come from the recipe of the data set, or from that which --recipe names: "
                    f"{', '.join(recipes)}.")

@@ -266,6 +266,8 @@ class Run:
             augmentation, self.seed(name, "augmentation"), getattr(self.args, "noise", 0.01)))
         state = self._open_stage(name, parts, optimizer)
         self._warn_of_few_steps(name, epochs, batch_size)
+        if state["epoch"] or state["step"]:
+            say(f"{name}: goes on behind epoch {state['epoch']} of {epochs}, step {state['step']}")
         self.bar = self._bar(name, len(done) + 1, state["epoch"], epochs)
         peak_memory(self.device)  # from here on
         for number in range(state["epoch"], epochs):

@@ -82,10 +82,13 @@ def test_every_recipe_of_a_script_sets_flags_that_it_has_and_is_whole(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_help_begins_with_the_method_s_flags_names_data_sets_and_shows_no_none(method, capsys):
+def test_help_begins_with_the_method_s_flags_names_data_sets_and_shows_no_none(method, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(method).parse_args(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
+    lines = capsys.readouterr().out.splitlines()
+    shown = " ".join(" ".join(lines).split())
+    assert max(map(len, lines)) <= 80
     assert stop.value.code == 0 and "(default: None)" not in shown
     if method == "livt":  # whose nets it reads
         assert "facebookresearch/mae, of LiVT's authors, or a plain ViT of timm" in shown

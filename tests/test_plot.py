@@ -5,6 +5,7 @@ import json
 import math
 import statistics
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,6 +252,19 @@ def test_a_picture_is_written_as_its_name_says(two_seeds, tmp_path, suffix, begi
     out = tmp_path / f"picture.{suffix}"
     assert picture("classes", *two_seeds, "--out", out) == f"wrote {out}\n"
     assert out.read_bytes().startswith(begins)
+    assert not list(tmp_path.glob("unfinished*"))
+
+
+def test_a_picture_is_whole_or_not_there(two_seeds, tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+
+    def killed(self, file):
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(figure.Figure, "savefig", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(["classes", *map(str, two_seeds), "--out", str(tmp_path / "picture.png")])
+    assert not (tmp_path / "picture.png").exists()
 
 
 def test_what_cannot_be_drawn_is_one_line_that_says_what_there_is(tmp_path, two_seeds, picture):
