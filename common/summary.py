@@ -119,10 +119,11 @@ def once_a_seed(members):
     for result, stage in members:
         seed = result["seed"]
         same, path = seeds.setdefault(seed, stage), paths.setdefault(seed, result["path"])
-        # another machine's rounding moves less than .5
-        if stage["all"] is not None and abs(same["all"] - stage["all"]) > 0.5:
+        both_trained = same.get("seconds") and stage.get("seconds")
+        # a net that is scored again, on another machine, moves by less than .5
+        if stage["all"] is not None and abs(same["all"] - stage["all"]) > (0 if both_trained else 0.5):
             raise ValueError(f"{path} and {result['path']} are of one seed and the same settings, "
-                             f"but {stage['name']!r} has {same['all']:.1f} and {stage['all']:.1f}; give one")
+                             f"but {stage['name']!r} has {same['all']:.2f} and {stage['all']:.2f}; give one")
         if stage.get("seconds"):  # the run that trained it knows how long that took
             seeds[seed] = stage
     return seeds
