@@ -70,7 +70,7 @@ def parse_args(argv=None):
     add("--margin", action=BOOLEAN, default=True, help="the intra-classification loss of Eq. (9)")
     add("--imprint", action=BOOLEAN, default=True, help="start new rows at their class means")
     add("--scale", type=positive, default=10.0, help="of the cosine classifier, at the start")
-    add("--arch", choices=ARCHS, metavar="NET", help="resnet14, 20, 32, 44, 56, 110; 10, 18, 34, 50, 101, 152")
+    add("--arch", choices=ARCHS, metavar="F", help="resnet14, 20, 32, 44, 56, 110; 10, 18, 34, 50, 101, 152")
     add("--pretrained", action=BOOLEAN, default=False, help="start from ImageNet weights")
     add("--plain-epochs", type=count, help="(--epochs)")
     add("--phase-two-epochs", type=count, help="(--epochs) over the memory bank and the rest")
@@ -316,11 +316,10 @@ def train_phase_two(run, old_model, old, new):
     lambda_ = args.lambda_scale * math.sqrt(len(old) / len(new))
     order = torch.cat([old, new]).to(run.device)  # as margin_loss wants it, old classes first
     place_of = order.argsort()  # class id -> its place in `order`
-    epochs = args.phase_two_epochs or args.epochs
     lr = args.lr if args.phase_two_lr is None else args.phase_two_lr
     forward, optimizer = run.compiled(model), sgd(run, model, lr)
 
-    for epoch in run.epochs("two phases", "model.pt", model, optimizer, epochs):
+    for epoch in run.epochs("two phases", "model.pt", model, optimizer, args.phase_two_epochs or args.epochs):
         model.train()
         indices = D[torch.randperm(len(D), generator=epoch.generator)]
 

@@ -54,7 +54,7 @@ ALONE = "class-balanced", "logit-adjusted"  # a net from scratch, without a teac
 def parse_args(argv=None):
     parser = Parser(__doc__, RECIPES)  # --dataset, --epochs, --lr, --resume, ...: common/flags.py
     add = parser.method
-    add("--arch", choices=ARCHS, metavar="NET", help="resnet14, 20, 32, 44, 56, 110; 10, 18, 34, 50, 101, 152")
+    add("--arch", choices=ARCHS, metavar="F", help="resnet14, 20, 32, 44, 56, 110; 10, 18, 34, 50, 101, 152")
     add("--teachers", type=count, help="K (1 unless kinds or checkpoints say more)")
     add("--teacher-kinds", nargs="+", choices=["standard", "augmented"], help="one per teacher (Table 1)")
     add("--teacher-checkpoints", type=text, nargs="+", metavar="FILE", help="instead of stage one")
