@@ -316,10 +316,11 @@ def train_phase_two(run, old_model, old, new):
     lambda_ = args.lambda_scale * math.sqrt(len(old) / len(new))
     order = torch.cat([old, new]).to(run.device)  # as margin_loss wants it, old classes first
     place_of = order.argsort()  # class id -> its place in `order`
+    epochs = args.phase_two_epochs or args.epochs
     lr = args.lr if args.phase_two_lr is None else args.phase_two_lr
     forward, optimizer = run.compiled(model), sgd(run, model, lr)
 
-    for epoch in run.epochs("two phases", "model.pt", model, optimizer, args.phase_two_epochs or args.epochs):
+    for epoch in run.epochs("two phases", "model.pt", model, optimizer, epochs):
         model.train()
         indices = D[torch.randperm(len(D), generator=epoch.generator)]
 

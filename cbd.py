@@ -154,7 +154,7 @@ class CBDNet(nn.Module):
         self.feature_dim = project_to or self.backbone.feature_dim
 
         self.h = nn.Linear(self.backbone.feature_dim, project_to) if project_to else nn.Identity()
-        if project_to:  # [G]: Glorot's start / here: its absolute value, as v is not negative, so that no unit
+        if project_to:  # [G]: Glorot's start / here: its absolute values, as v is not negative: so no unit
             nn.init.xavier_uniform_(self.h.weight).data.abs_()  # of relu(h(v)) starts at 0 for every image
             nn.init.zeros_(self.h.bias)
         # paper: h takes v of unit length (3.1), g_W and l_F take h(v) / here, as in [G]: v of any length, and
