@@ -68,7 +68,7 @@ def test_runs_that_differ_under_one_name_seed_and_settings_are_refused(summary, 
     assert f"{tmp_path}/0" in line and f"{tmp_path}/1" in line and "70.00 and 70.10" in line
 
 
-def test_a_net_scored_again_may_differ_by_another_machine_s_rounding(summary, error):
+def test_a_net_scored_again_may_differ_by_another_machine_s_rounding(summary):
     assert "| student | 1 | 71.0 " in summary([result(0, 70.0), result(0, 70.4, seconds=None)])
 
 
