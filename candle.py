@@ -41,7 +41,7 @@ PAPER = dict(  # section 4, A.5; 3.4: resolutions; calibration, evaluate_every, 
     teacher="resnet152", teacher_weights="ImageNet-1K", resolutions=[128, 224, 480],
     epochs=400, batch_size=256, lr=0.01, weight_decay=0.0,  # paper: lr of most sets / here: of all
     calibration_epochs=30, calibration_lr=0.1, evaluate_every=10, augmentation="standard",
-    quick=dict(epochs=30, calibration_epochs=5))
+    quick=dict(epochs=30, calibration_epochs=15))
 CIFAR = dict(PAPER, augmentation="resized")  # random resized crops, as [D] has for CIFAR too
 # Table 2: one resolution. paper: an EfficientNet that knows ImageNet-21K / here: ImageNet-1K alone
 LARGE = dict(PAPER, teacher="efficientnet_v2_m", resolutions=[224], evaluate_every=5)
