@@ -92,8 +92,8 @@ def phase_one_classes(class_counts, num_old=None):
     counts = torch.as_tensor(class_counts)
     # appendix A. paper: 70 on CIFAR100-LT / here: its rule at all factors; 82 at 50, 70 at 100, 61 at 200
     chosen = int((~shot_groups(counts)["few"]).sum()) if num_old is None else num_old
-    if not 0 < chosen < len(counts):
-        raise ValueError(f"phase one would have {chosen} of the {len(counts)} classes, and one phase none; "
+    if not (2 if num_old is None else 1) <= chosen < len(counts):  # one class alone teaches nothing
+        raise ValueError(f"phase one would have {chosen} of the {len(counts)} classes, phase two the others; "
                          f"choose --phase-one-classes between 1 and {len(counts) - 1}")
     return counts.argsort(descending=True, stable=True).tensor_split([chosen])
 
@@ -378,14 +378,14 @@ def main(args):
                 raise ValueError(f"{path} was trained on other classes than the {len(old)} of phase one here")
         with first_rank_first():  # which downloads the weights
             build_backbone(args.arch, run.data.image_size, pretrained=args.pretrained)
-        run.open(stages=does_plain + does_phases * (1 if trained else 2))
+        plain, first = [args.plain_epochs or args.epochs], [] if trained else [args.epochs]
+        run.open(plain * does_plain + (first + [args.phase_two_epochs or args.epochs]) * does_phases)
 
     with run:
         if does_plain:
             name = "plain" if args.sampling == "progressive" else "plain, instance"
-            epochs = args.plain_epochs or args.epochs
             lr = args.lr if args.plain_lr is None else args.plain_lr
-            model = train_phase_one(run, name, "plain.pt", torch.arange(C), epochs, lr, old)
+            model = train_phase_one(run, name, "plain.pt", torch.arange(C), plain[0], lr, old)
             run.add(name, run.scores(model))
         if does_phases:
             old_model = run.place(trained) if trained else train_phase_one(

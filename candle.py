@@ -411,9 +411,9 @@ def main(args):
         if not args.from_scratch:
             encoder = encoder_for(run.data, args.teacher, args.teacher_weights,
                                   args.teacher_normalisation, min(args.resolutions))
-        run.open(1 if args.from_scratch or not args.calibration else 2 + args.baseline + 3 * args.ablation)
+        A, B, both = [args.calibration_epochs], [args.epochs], args.calibration and not args.from_scratch
+        run.open(B * args.baseline + (A + B + B) * args.ablation + A + B if both else B)
 
-    own = [args.base_resolution]
     with run:
         if args.from_scratch:
             student = train_student(run, "from scratch", "student.pt", None, "labels")
@@ -421,14 +421,14 @@ def main(args):
                 tau_normalise(student.classifier)
                 run.add("from scratch, tau-normalised", assess(run, student))
         elif args.baseline or not args.calibration:  # Table 3, first row
-            teacher = new_teacher(run, encoder, own).eval().requires_grad_(False)
+            teacher = new_teacher(run, encoder, [args.base_resolution]).eval().requires_grad_(False)
             file = "baseline.pt" if args.calibration else "student.pt"
             train_student(run, "baseline", file, teacher, "labels")
         if args.ablation:  # second, third. paper: their teacher is open / here: of one resolution
-            teacher = calibrate(run, "teacher_single.pt", new_teacher(run, encoder, own))
+            teacher = calibrate(run, "teacher_single.pt", new_teacher(run, encoder, [args.base_resolution]))
             train_student(run, "calibrate & distill", "calibrate_distill.pt", teacher, "fixed")
             train_student(run, "learned balance", "learned_balance.pt", teacher, "learned")
-        if args.calibration and not args.from_scratch:  # last row: CANDLE
+        if both:  # last row: CANDLE
             teacher = calibrate(run, "teacher.pt", new_teacher(run, encoder, args.resolutions))
             name = "candle" + ", fixed balance" * (args.balance == "fixed")
             train_student(run, name, "student.pt", teacher, args.balance)

@@ -288,7 +288,7 @@ def second_name(args, kinds, sampling):
     return ", ".join([name, *(each for each in settings if each not in usual)])
 
 
-def train_student(run, teachers, kinds):
+def train_student(run, teachers, kinds, epochs):
     """Class-balanced sampling and distillation from the teachers. Returns the stage's name and the net."""
     args = run.args
     adjusted = "logit-adjusted" in (args.loss, args.second_stage)
@@ -298,8 +298,6 @@ def train_student(run, teachers, kinds):
     # must be that of the samples; kd and hybrid distil the adjusted logits, as the teachers' hold it too
     sampling = args.student_sampling or ("instance" if adjusted else "class-balanced")
     sample = class_balanced_indices if sampling == "class-balanced" else instance_indices
-    # paper: crt's epochs and lr not given / here: 10 as classifier-balancing@f162ade, at stage one's lr
-    epochs = args.second_stage_epochs or (10 if args.second_stage in FROM_TEACHER else args.epochs)
     lr = 0.01 if args.second_stage == "finetune" else args.lr  # paper: footnote 2 / here: on a cosine, too
     lr = lr if args.second_stage_lr is None else args.second_stage_lr
 
@@ -354,24 +352,25 @@ def main(args):
         run.normalise_as(*(saved for _, saved in given), paths=args.teacher_checkpoints)
         kinds = [saved["augmentation"] for _, saved in given] or kinds
         build_backbone(args.arch, run.data.image_size)  # fails now if it cannot be built
-        run.open(stages=1 if args.only_teacher or given else len(kinds) + 1)
+        # paper: crt's epochs and lr not given / here: 10 as classifier-balancing@f162ade, at stage one's lr
+        second_epochs = args.second_stage_epochs or (10 if args.second_stage in FROM_TEACHER else args.epochs)
+        trained = [] if given else [args.epochs] * (1 if args.only_teacher else len(kinds))
+        run.open(trained + [second_epochs] * (args.only_teacher is None))
 
     with run:
         teachers = Teachers()
         for k, kind in enumerate(kinds, 1):
             if args.only_teacher in (None, k):
                 name = f"teacher {k}, {kind}"
-                if given:
-                    teacher = run.place(given[k - 1][0])
-                else:
-                    teacher = train_teacher(run, name, f"teacher_{k}.pt", kind)
+                teacher = run.place(given[k - 1][0]) if given else \
+                    train_teacher(run, name, f"teacher_{k}.pt", kind)
                 run.add(name, assess(run, teacher))
                 teachers.append(teacher.eval().requires_grad_(False))
 
         if args.only_teacher is None:
             if len(teachers) > 1:  # section 4.3; its NCM is on V_hat
                 run.add(f"teacher ensemble, K={len(teachers)}", assess(run, teachers))
-            name, student = train_student(run, teachers, kinds)
+            name, student = train_student(run, teachers, kinds, second_epochs)
             run.add(name, assess(run, student))
     return run.finish()
 

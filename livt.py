@@ -384,7 +384,7 @@ def main(args):
             return {"method": "livt", "dataset": run.data.name, **run.stages[-1]}
 
         encoder = vit_weights(args.mgp_checkpoint, sizes) if args.mgp_checkpoint else {}
-        run.open(stages=pretrains + len(args.loss) * (args.stage != "mgp"))
+        run.open([args.mgp_epochs] * pretrains + [args.epochs] * len(args.loss) * (args.stage != "mgp"))
 
     with run:
         if pretrains:

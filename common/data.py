@@ -244,6 +244,10 @@ def check(data, published=None, fast=False, workers=1):
     print("{name}: {classes} classes, {train} training images ({largest}..{smallest} a class), {val} val, "
           "{test} test; {groups[0]} many, {groups[1]} medium, {groups[2]} few"
           .format(name=data.name, **found), flush=True)
+    single = [data.class_names[c] for c in np.flatnonzero(data.class_counts == 1)]
+    if single:
+        print(f"note: {len(single)} classes have one training image alone: {', '.join(single[:5])}"
+              + ", ..." * (len(single) > 5))
     for key, value in (published or {}).items():
         if found[key] != value and not (key == "val" and not found["val"]):  # nobody needs the val list
             wrong.append(f"{key}: {found[key]}, published: {value}" if key != "counts" else
@@ -287,12 +291,15 @@ def main(argv=None):
     parser.add_argument("--train-list", help="list file of your own; paths relative to --data-dir")
     parser.add_argument("--test-list", help="list file of your own; paths relative to --data-dir")
     parser.add_argument("--test-fraction", type=float, help="of each class, where there is no test split")
+    parser.add_argument("--skip-bad-images", action="store_true", help="count without what cannot be decoded")
     parser.add_argument("--fast", action="store_true", help="do not decode the files")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that decode")
     args = parser.parse_args(argv)
     try:
         data = load(args.name, args.data_dir, args.imb_factor, args.subset_seed, train_list=args.train_list,
                     test_list=args.test_list, test_fraction=args.test_fraction)
+        if args.skip_bad_images:
+            data = leave_out_unreadable(data, args.workers)
     except (ValueError, ImportError) as reason:
         fail(reason)
     own = args.train_list or args.test_list or args.imb_factor is not None

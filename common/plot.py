@@ -1,20 +1,29 @@
-"""Pictures of runs, for a paper's column:  python -m common.plot KIND RUNS... [--out FILE.png|.svg|.pdf]
+"""Pictures of runs, for a paper's column:
+
+    python -m common.plot KIND RUNS... [--out FILE.png|.svg|.pdf]
 
     classes      accuracy of each class against its number of training images
-    gain         accuracy of each class above the first of --stages (CANDLE, Figures 9 to 11)
-    curves       --values over the epochs: all, few, loss, ece, lambda (CANDLE, Figure 6), ...
+    gain         accuracy of each class above the first of --stages (CANDLE,
+                 Figures 9 to 11)
+    curves       --values over the epochs: all, few, loss, ece, lambda (CANDLE,
+                 Figure 6), ...
     reliability  accuracy against confidence, with the calibration error
     norms        norm of each class's row of the classifier (CANDLE, Figure 2)
-    norm-gap     the same, of one of --stages less the next one (CANDLE, Figure 1)
+    norm-gap     the same, of one of --stages less the next (CANDLE, Figure 1)
     cost         seconds of an epoch and peak of memory (CANDLE, Figure 5)
-    gradients    of head and tail, after async_lt.py --track-gradients (Asynchronous Modeling, Figure 1)
-    sweep        --values over a --flag: alpha, beta (CBD, Figures 2 and 3), memory_per_class, lambda_scale,
-                 phase_one_classes (Asynchronous Modeling, Figures 2 and 3), tau, ...
-    margins      what the balanced losses ask of a class beyond what CE and BCE ask (LiVT)
-    neighbours   training images nearest to test images of the rarest classes (CBD, Figure 4)
+    gradients    of head and tail, after async_lt.py --track-gradients
+                 (Asynchronous Modeling, Figure 1)
+    sweep        --values over a --flag: alpha, beta (CBD, Figures 2 and 3),
+                 memory_per_class, lambda_scale, phase_one_classes (Asynchronous
+                 Modeling, Figures 2 and 3), tau, ...
+    margins      what the balanced losses ask of a class beyond what CE and BCE
+                 ask (LiVT)
+    neighbours   training images nearest to test images of the rarest classes
+                 (CBD, Figure 4)
 
-Runs lie over one another, averaged over their seeds, a panel for each method and data set. --stages picks
-rows of the final table. Needs matplotlib, which requirements.txt leaves to you: pip install matplotlib
+Runs lie over one another, averaged over their seeds, a panel for each method
+and data set. --stages picks rows of the final table. Needs matplotlib, which
+requirements.txt leaves to you: pip install matplotlib
 """
 import argparse
 import json

@@ -186,10 +186,10 @@ class Run:
 
     # ---------------------------------------------------------------- folder, stages, end
 
-    def open(self, stages=None):
-        """Make the run's folder, or go on in it with --resume. stages: how many the run trains, for its bar.
-        Raises ValueError."""
-        args, data, self.num_stages = self.args, self.data, stages
+    def open(self, epochs=()):
+        """Make the run's folder, or go on in it with --resume. epochs: of each stage that the run trains, in
+        their order, for its bar. Raises ValueError."""
+        args, data, self.planned = self.args, self.data, list(epochs)
         known_by = {"fingerprint": fingerprint(data), "class_names": list(data.class_names)}
         self.folder = open_folder(args, self.method, known_by, self.device)
         self.stop = Stop(args.time_limit, self.device)
@@ -268,7 +268,7 @@ class Run:
         self._warn_of_few_steps(name, epochs, batch_size)
         if state["epoch"] or state["step"]:
             say(f"{name}: goes on behind epoch {state['epoch']} of {epochs}, step {state['step']}")
-        self.bar = self._bar(name, len(done) + 1, state["epoch"], epochs)
+        self.bar = self._bar(name, len(done), state["epoch"], epochs)
         peak_memory(self.device)  # from here on
         for number in range(state["epoch"], epochs):
             epoch = Epoch(self, number, epochs, loader, parts, optimizer, state)
@@ -282,12 +282,14 @@ class Run:
         save_net(path, self.method, model, self.data, augmentation=augmentation, **about)
         self.folder.save(done={**done, name: stats})
 
-    def _bar(self, name, number, done, epochs):
-        """A bar of a stage's epochs, on a terminal alone. The time left is the stage's: what a step of the
-        next one costs is not known before it."""
-        of = f" ({number} of {self.num_stages})" if self.num_stages else ""
-        return tqdm(desc=name + of, initial=done, total=epochs, leave=False, smoothing=0, miniters=0,
-                    mininterval=REFRESH, disable=None if rank() == 0 else True, dynamic_ncols=True,
+    def _bar(self, name, stage, done, epochs):
+        """A bar of the whole run's epochs, on a terminal alone, anew for each stage. The time left is the
+        run's, as if an epoch of the later stages took as long as this stage's do."""
+        planned = self.planned or [epochs]
+        self.epochs_before = sum(planned[:stage])  # of the finished stages
+        return tqdm(desc=f"{name} ({stage + 1} of {len(planned)})", initial=self.epochs_before + done,
+                    total=sum(planned), leave=False, smoothing=0, miniters=0, mininterval=REFRESH,
+                    disable=None if rank() == 0 else True, dynamic_ncols=True,
                     bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}")
 
     def _warn_of_few_steps(self, name, epochs, batch_size):
@@ -372,7 +374,7 @@ class Epoch:
         if first > 0:  # cut off in this epoch, by as many ranks or by others
             losses = state["losses"] / ranks()
             self.losses = torch.nn.functional.pad(losses, (0, self.steps - first)).to(run.device)
-            bar.n = bar.initial = self.number + first / self.steps
+            bar.n = bar.initial = run.epochs_before + self.number + first / self.steps
 
         for batch in self.loader.batches(indices, self.number, first):
             if starts_step:  # for what draws from torch's own generators: masks, mixing, drop path
@@ -382,7 +384,8 @@ class Epoch:
             starts_step = batch.ends_step
             if batch.ends_step:
                 state["step"] += 1
-                if bar.update(self.number + state["step"] / self.steps - bar.n):  # it is shown anew
+                done = run.epochs_before + self.number + state["step"] / self.steps
+                if bar.update(done - bar.n):  # it is shown anew
                     loss = ranks() * self.losses[0, :state["step"]].mean().item()
                     bar.set_postfix_str(f"epoch {self.number + 1}/{self.epochs}, loss {loss:.3g}")
                 if run.stop.wanted():

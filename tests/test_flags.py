@@ -97,3 +97,12 @@ def test_help_begins_with_the_method_s_flags_names_data_sets_and_shows_no_none(m
         assert words in shown, words
     for flag in ("--dataset", "--epochs", "--resume", "--out", "--evaluate", "--time-limit"):
         assert flag in shown, flag
+
+
+@pytest.mark.parametrize("program", ["data", "plot", "predict", "summary"])
+def test_help_of_the_other_commands_fits_80_columns_too(program, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"common.{program}").main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0 and lines[0].startswith("usage: python -m common.") and max(map(len, lines)) <= 80

@@ -8,6 +8,7 @@ import struct
 import sys
 import termios
 import threading
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from common import predict
 from common import run as common_run
 from common.data import load
 from common.loader import Augmentation, Cut, decoded, make_loader
-from tests.tiny import METHODS, image_folder, run
+from tests.tiny import METHODS, image_folder, log_rows, run
 
 SMALL = ("--recipe", "cifar100_lt", "--epochs", "1", "--workers", "0", "--image-size", "8", "--no-amp")
 
@@ -128,19 +129,37 @@ def terminal(monkeypatch):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_terminal_s_bar_counts_stages_and_shows_loss_and_time_left(method, tmp_path, monkeypatch, capsys):
+def test_a_terminal_s_bar_is_of_the_run_with_stage_loss_and_time_left(method, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common_run, "REFRESH", 0)
     with terminal(monkeypatch) as shown:
         run(method, tmp_path)
     trained = dict.fromkeys(json.loads(line)["stage"]
                             for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()[1:])
-    bars = re.findall(r"[\r\n]([^\r\n]+?) \((\d) of (\d)\) +\d+%\|.*?\| (\S+) left, epoch (\d)/2, loss (\S+)",
-                      shown[0])
+    bars = re.findall(r"[\r\n]([^\r\n]+?) \((\d) of (\d)\) +(\d+)%\|.*?\| (\S+) left, epoch (\d)/2, "
+                      r"loss (\S+)", shown[0])
     assert list(dict.fromkeys(bar[:3] for bar in bars)) == [
         (name, str(number), str(len(trained))) for number, name in enumerate(trained, 1)]
-    assert {bar[4] for bar in bars} == {"1", "2"} and all(float(bar[5]) >= 0 for bar in bars)
-    assert re.fullmatch(r"\d\d:\d\d", bars[-1][3])
-    assert shown[0].endswith("\r") and "%|" not in capsys.readouterr().out  # cleared, and never in a file
+    assert {bar[5] for bar in bars} == {"1", "2"} and all(float(bar[6]) >= 0 for bar in bars)
+    done = [int(bar[3]) for bar in bars]  # percent of the run, whose stages all have two epochs
+    assert done == sorted(done) and done[-1] == 100
+    assert all(abs(int(bar[3]) / 100 * len(trained) - int(bar[1]) + 0.5) <= 0.52 for bar in bars)
+    assert all(re.fullmatch(r"\d\d:\d\d", bar[4]) for bar in bars) and bars[-1][4] == "00:00"
+
+
+@pytest.mark.parametrize("method, flags", [
+    ("cbd", "--second-stage crt --second-stage-epochs 1"), ("cbd", "--only-teacher 2"),
+    ("cbd", "--teachers 1 --teacher-checkpoints {net}"), ("async_lt", "--plain-epochs 3"),
+    ("async_lt", "--no-plain --phase-two-epochs 1"), ("async_lt", "--no-plain --phase-one-checkpoint {net}"),
+    ("async_lt", "--plain"), ("livt", "--stage mgp --mgp-epochs 1"), ("livt", "--mgp-epochs 1 --loss ce bce"),
+    ("livt", "--from-scratch --loss ce"), ("candle", "--ablation --calibration-epochs 1"),
+    ("candle", "--no-baseline"), ("candle", "--from-scratch ce"), ("candle", "--no-calibration")])
+def test_the_bar_s_whole_is_the_epochs_that_are_trained(method, flags, tmp_path, whole, monkeypatch):
+    net = whole(method)[0] / {"cbd": "teacher_1.pt", "async_lt": "phase_one.pt"}.get(method, "")
+    planned, finish = [], common_run.Run.finish
+    monkeypatch.setattr(common_run.Run, "finish", lambda run: planned.extend(run.planned) or finish(run))
+    run(method, tmp_path, *flags.format(net=net).split())
+    epochs = Counter(row["stage"] for row in log_rows(tmp_path / "run"))
+    assert planned == list(epochs.values())
 
 
 def test_compile_takes_the_backbone_and_leaves_classifier_and_weights(monkeypatch):
