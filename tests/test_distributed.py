@@ -1,6 +1,5 @@
 """Two ranks give one process's numbers, end together, and leave a checkpoint when they are told to stop."""
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -9,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from tests.tiny import (METHODS, ROOT, ended, image_folder, log_rows, noise_npz, start, start_ranks,
-                        tiny_flags, wait_for, weights, without_batch_norm)
+from tests.tiny import (METHODS, ROOT, ended, image_folder, log_rows, noise_npz, result_of, start,
+                        start_ranks, tiny_flags, wait_for, weights, without_batch_norm)
 
 # without what a rank draws for itself, and losses that look at all of a rank's part of a batch
 EXACT = {"cbd": [], "async_lt": ["--no-retentive", "--no-margin"],
@@ -35,8 +34,7 @@ def test_two_ranks_give_one_process_losses_weights_and_scores(tmp_path, method, 
         assert a.get("per_class_accuracy") == b.get("per_class_accuracy")
     a, b = (weights(tmp_path / name / NETS[method]) for name in ("one", "two"))
     assert all(torch.allclose(a[name], b[name], atol=2e-4) for name in a)
-    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
-    for a, b in zip(*(result["stages"] for result in results), strict=True):
+    for a, b in zip(*(result_of(tmp_path / name)["stages"] for name in ("one", "two")), strict=True):
         assert a["all"] == b["all"] and a.get("ncm") == pytest.approx(b.get("ncm"))
 
 
@@ -45,8 +43,7 @@ def test_every_stage_ends_on_two_ranks_that_share_one_test_image(method, tmp_pat
     noise_npz(tmp_path, num_test=1)
     ranks = start_ranks(method, tmp_path, "--epochs", "1", "--out", "run")
     assert [ended(process) for process in ranks] == [0, 0], (tmp_path / "err").read_text()
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert 0 <= result["all"] <= 100
+    assert 0 <= result_of(tmp_path / "run")["all"] <= 100
 
 
 @pytest.mark.parametrize("method", ["async_lt", "candle"])  # a memory bank; several resolutions
@@ -65,7 +62,7 @@ def test_two_ranks_give_one_process_numbers_with_image_files_one_of_them_broken(
         near = 1e-2 if "lambdas" in a else 1e-4  # a learned lambda belongs to a rank's part of a batch
         assert a["stage"] == b["stage"] and a["loss"] == pytest.approx(b["loss"], abs=near)
         assert a.get("lambda", 0) == pytest.approx(b.get("lambda", 0), rel=near)
-    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
+    results = [result_of(tmp_path / name) for name in ("one", "two")]
     assert results[0]["class_counts"] == results[1]["class_counts"] == [4, 3, 1]
     assert results[0]["per_class_accuracy"] == results[1]["per_class_accuracy"]
 

@@ -105,4 +105,5 @@ def test_help_of_the_other_commands_fits_80_columns_too(program, capsys, monkeyp
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(f"common.{program}").main(["--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert stop.value.code == 0 and lines[0].startswith("usage: python -m common.") and max(map(len, lines)) <= 80
+    assert stop.value.code == 0 and lines[0].startswith(f"usage: python -m common.{program}")
+    assert max(map(len, lines)) <= 80

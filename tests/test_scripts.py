@@ -12,19 +12,13 @@ import torch
 
 from common.flags import Parser
 from common.run import Run
-from tests.tiny import (METHODS, ROWS, assert_same_run, image_folder, log_rows, noise_npz, refused, run,
-                        same_weights, tiny_flags, without_times)
+from tests.tiny import (METHODS, ROWS, assert_same_run, image_folder, log_rows, noise_npz, refused,
+                        result_of, run, same_weights, tiny_flags, without_times)
 
 KEYS = ("method", "dataset", "seed", "all", "many", "medium", "few", "ece", "mce", "best_all", "group_sizes",
         "class_counts", "per_class_accuracy", "stages", "seconds", "images_per_second", "args", "versions")
 by_method = pytest.mark.parametrize("method", METHODS)
 
-
-def result_of(folder):
-    return json.loads((folder / "result.json").read_text())
-
-
-# ---------------------------------------------------------------- samplers and schedules
 
 @pytest.mark.parametrize("method, sampler, more", [
     ("cbd", "class_balanced_indices", []), ("candle", "equal_class_indices", []),
@@ -176,10 +170,7 @@ def test_evaluate_on_scores_the_validation_images(method, whole, tmp_path, capsy
 
 # ---------------------------------------------------------------- nets that a flag takes
 
-FLAGS = [(method, flag) for method in METHODS for flag in ROWS[method].takes]
-
-
-@pytest.mark.parametrize("method, flag", FLAGS)
+@pytest.mark.parametrize("method, flag", [(name, flag) for name, row in ROWS.items() for flag in row.takes])
 def test_a_file_that_a_flag_takes_and_cannot_use_is_one_line(method, flag, whole, tmp_path, capsys):
     saved = torch.load(whole(method)[0] / ROWS[method].takes[flag], weights_only=True)
     weight = next(name for name, value in saved["state_dict"].items() if value.ndim > 1)
@@ -319,17 +310,12 @@ def test_bad_input_is_one_error_line_and_writes_nothing(method, tmp_path, capsys
 
 
 @pytest.mark.parametrize("variable", ["LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"])
-def test_a_rank_that_is_no_number_is_one_line(variable, tmp_path, capsys, monkeypatch):
-    noise_npz(tmp_path)
-    for value in ("abc", "-1", "", "1.5"):
+def test_a_rank_that_is_no_number_or_cannot_be_is_one_line(variable, tmp_path, capsys, monkeypatch):
+    cannot_be = {"RANK": ["1"], "WORLD_SIZE": ["0"], "LOCAL_WORLD_SIZE": ["0"]}.get(variable, [])
+    for value in ("abc", "-1", "", "1.5", *cannot_be):
         monkeypatch.setenv(variable, value)
-        assert f"the environment's {variable} must be a whole number" in refused(capsys, "cbd", tmp_path)
-
-
-@pytest.mark.parametrize("variable, value", [("RANK", "1"), ("WORLD_SIZE", "0"), ("LOCAL_WORLD_SIZE", "0")])
-def test_a_rank_that_cannot_be_is_one_line(variable, value, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv(variable, value)
-    assert f"the environment's {variable}" in refused(capsys, "cbd", tmp_path)
+        why = "" if value in cannot_be else " must be a whole number"
+        assert f"the environment's {variable}{why}" in refused(capsys, "cbd", tmp_path), value
 
 
 @by_method

@@ -24,8 +24,6 @@ COUNTS = (8, 60, 3, 30, 12)  # not in the order of the ids
 COLOURS = ((200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60), (60, 200, 200))
 
 
-# ---------------------------------------------------------------- data
-
 def tiny_npz(path, counts=COUNTS, size=8, test=6, **more):
     """Images in the colour of their class, with noise, their own mirror images; ids in a random order. more:
     other arrays."""
@@ -220,16 +218,14 @@ def _work(method, folder, flags, prepare, out, err, environment, group):
         atexit._run_exitfuncs()  # as at a script's end; multiprocessing leaves them out
 
 
-def start_ranks(method, folder, *flags, ranks=2, **how):
-    """The same on several ranks, as torchrun would start them. Returns the processes."""
+def start_ranks(method, folder, *flags, **how):
+    """The same on two ranks, as torchrun would start them. Returns the processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks),
-              "LOCAL_WORLD_SIZE": str(ranks)}
-    return [start(method, folder, *flags, **how,
-                  environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(ranks)]
+    shared = dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    return [start(method, folder, *flags, **how, environment={**shared, "RANK": rank, "LOCAL_RANK": rank})
+            for rank in "01"]
 
 
 def ended(process, seconds=120):
@@ -254,11 +250,8 @@ def like_any_user():
 
 
 def without_batch_norm():
-    """Leave batch norm out but for its affine part, so that ranks and parts of a batch must give one
-    process's numbers."""
-    def affine_only(self, x):
-        return x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
-    torch.nn.BatchNorm2d.forward = affine_only
+    """Only batch norm's affine part is left, so that parts of a batch must give one process's numbers."""
+    torch.nn.BatchNorm2d.forward = lambda self, x: x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
 
 # ---------------------------------------------------------------- comparing
@@ -270,6 +263,10 @@ def weights(path):
 def same_weights(a, b):
     a, b = weights(a), weights(b)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def result_of(folder):
+    return json.loads((folder / "result.json").read_text())
 
 
 def log_rows(folder):
@@ -295,5 +292,4 @@ def assert_same_run(a, b):
         if name.endswith(".pt") and name != "last.pt":
             assert same_weights(a / name, b / name), name
     assert without_times(log_rows(a)) == without_times(log_rows(b))
-    results = [without_times(json.loads((folder / "result.json").read_text())) for folder in (a, b)]
-    assert results[0] == results[1]
+    assert without_times(result_of(a)) == without_times(result_of(b))
