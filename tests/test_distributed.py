@@ -86,8 +86,6 @@ def test_a_wrong_flag_is_one_line_on_two_ranks(tmp_path):
     assert (tmp_path / "err").read_text().count("error: ") == 1
 
 
-# ---------------------------------------------------------------- torchrun itself
-
 @pytest.fixture
 def agent(tmp_path, monkeypatch):
     """torchrun with two ranks of an endless cbd.py in its second epoch, in a process group of its own."""

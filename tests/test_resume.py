@@ -15,8 +15,6 @@ from tests.tiny import (METHODS, assert_same_run, ended, image_folder, log_rows,
 LONG = ("--epochs", "1000", "--out", "run")
 
 
-# ---------------------------------------------------------------- bit for bit
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_cut_off_behind_every_step_is_the_uninterrupted_one_bit_for_bit(
         method, whole, tmp_path, capsys):
@@ -58,8 +56,6 @@ def test_a_run_killed_anywhere_and_resumed_is_the_uninterrupted_one_bit_for_bit(
     for folder in tmp_path.glob("cut*"):
         assert_same_run(finished, folder)
 
-
-# ---------------------------------------------------------------- signals
 
 def signalled(tmp_path, *numbers, wait=0.0, flags=LONG, **how):
     """The exit code of a run that gets these signals in its second epoch, `wait` seconds apart."""
@@ -104,8 +100,6 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_alive_until_it_is_writte
     assert "Traceback" not in (tmp_path / "err").read_text()
 
 
-# ---------------------------------------------------------------- disk and screen
-
 def small_disk():
     """No file of this process can be larger than 100 kB: a net of cbd.py's has 700 kB."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -145,8 +139,6 @@ def test_a_signal_writes_a_checkpoint_where_nobody_reads_a_word(tmp_path):
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]["step"] > 0
 
 
-# ---------------------------------------------------------------- one folder, one process
-
 def test_two_processes_cannot_write_to_one_folder(tmp_path):
     first = start("cbd", tmp_path, *LONG)
     wait_for((tmp_path / "run" / "last.pt").exists)
@@ -158,8 +150,6 @@ def test_two_processes_cannot_write_to_one_folder(tmp_path):
     third = start("cbd", tmp_path, *LONG, "--resume", "--time-limit", "0")
     assert ended(third) == 0  # the dead process's lock is gone with it
 
-
-# ---------------------------------------------------------------- the same classes in another order
 
 def test_a_run_stopped_and_resumed_on_classes_in_another_order_is_the_uninterrupted_one(tmp_path):
     noise_npz(tmp_path, class_names=["ant", "bee", "cat"])

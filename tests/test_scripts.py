@@ -47,8 +47,6 @@ def test_the_cosine_schedule_starts_at_lr_and_ends_at_zero(method):
     assert rate(0.5, 0.2) == pytest.approx(0.1) and rate(1, 0.2) == pytest.approx(0, abs=1e-12)
 
 
-# ---------------------------------------------------------------- what a run leaves
-
 @by_method
 def test_a_run_leaves_a_net_and_a_log_line_an_epoch_of_each_stage_and_a_result(method, whole):
     folder, row = whole(method)[0], ROWS[method]
@@ -115,8 +113,6 @@ def test_image_files_train_evaluate_and_are_left_out_by_flag_alone(method, tmp_p
     assert saved["class_names"] == ["a", "b", "c"]
 
 
-# ---------------------------------------------------------------- --evaluate
-
 @by_method
 def test_evaluate_gives_the_run_s_scores_and_writes_nothing(method, whole, tmp_path, monkeypatch):
     folder, _ = whole(method)
@@ -168,8 +164,6 @@ def test_evaluate_on_scores_the_validation_images(method, whole, tmp_path, capsy
     assert sum(run(method, tmp_path, "--evaluate", net, name="no")["group_sizes"].values()) == 3
 
 
-# ---------------------------------------------------------------- nets that a flag takes
-
 @pytest.mark.parametrize("method, flag", [(name, flag) for name, row in ROWS.items() for flag in row.takes])
 def test_a_file_that_a_flag_takes_and_cannot_use_is_one_line(method, flag, whole, tmp_path, capsys):
     saved = torch.load(whole(method)[0] / ROWS[method].takes[flag], weights_only=True)
@@ -199,8 +193,6 @@ def test_a_file_that_a_flag_takes_and_cannot_use_is_one_line(method, flag, whole
         assert "weights_only" not in error
     assert not (tmp_path / "executed").exists()
 
-
-# ---------------------------------------------------------------- --resume
 
 @by_method
 def test_resume_refuses_other_settings_and_data_and_follows_moved_data(method, whole, tmp_path, capsys):
@@ -262,8 +254,6 @@ def test_a_finished_run_resumed_trains_nothing_even_without_its_log_and_is_left_
     (folder / "last.pt").unlink()
     assert "but no last.pt to go on from" in refused(capsys, method, tmp_path, "--resume", name="run")
 
-
-# ---------------------------------------------------------------- bad input
 
 BAD_FLAGS = [
     (["--dataset", "imagenette"], "known: fashion_lt"), (["--dataset", "nowhere/x.npz"], "nowhere/x.npz"),
@@ -352,8 +342,6 @@ def test_no_command_line_ends_in_a_traceback(method, tmp_path, capsys, monkeypat
     assert set(codes) == {0, 2} and min(map(codes.count, (0, 2))) >= 10
     assert sorted(os.listdir(tmp_path)) == ["images.npz", "text"]
 
-
-# ---------------------------------------------------------------- a net that diverges
 
 DIVERGES = {"cbd": ["--lr", "1e12"], "async_lt": ["--lambda-scale", "1e12", "--lr", "1e12"],
             "livt": ["--mgp-lr", "1e6", "--lr", "1e6"], "candle": ["--lr", "1e12"]}

@@ -93,8 +93,6 @@ def as_seen(npz, part="train"):
     return normalise(images, data.mean, data.std), torch.from_numpy(split.targets)
 
 
-# ---------------------------------------------------------------- a tiny run of each script
-
 class Row(NamedTuple):
     """A script for the tests of what all four share. flags: all its stages in a second on `noise_npz`; nets:
     the files that it leaves, each with its stage in result.json; more: other stages there; takes: the flags
@@ -175,8 +173,6 @@ def refused(capsys, method, folder, *flags, name="refused"):
     return error
 
 
-# ---------------------------------------------------------------- processes of their own
-
 STARTED = []  # conftest.py ends what a failed test has left
 os.environ["PYTHONPATH"] = str(ROOT)  # for the server of `start`
 FORK = multiprocessing.get_context("forkserver")
@@ -253,8 +249,6 @@ def without_batch_norm():
     """Only batch norm's affine part is left, so that parts of a batch must give one process's numbers."""
     torch.nn.BatchNorm2d.forward = lambda self, x: x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
-
-# ---------------------------------------------------------------- comparing
 
 def weights(path):
     return torch.load(path, weights_only=True)["state_dict"]
