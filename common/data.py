@@ -246,7 +246,8 @@ def check(data, published=None, fast=False, workers=1):
           .format(name=data.name, **found), flush=True)
     single = [data.class_names[c] for c in np.flatnonzero(data.class_counts == 1)]
     if single:
-        print(f"note: {len(single)} classes have one training image alone: {', '.join(single[:5])}"
+        have = "class has" if len(single) == 1 else "classes have"
+        print(f"note: {len(single)} {have} one training image alone: {', '.join(single[:5])}"
               + ", ..." * (len(single) > 5))
     for key, value in (published or {}).items():
         if found[key] != value and not (key == "val" and not found["val"]):  # nobody needs the val list

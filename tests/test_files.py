@@ -162,6 +162,18 @@ def test_the_checker_prints_each_oddity_of_a_tree_whatever_the_terminal_s_encodi
         assert line in shown, (line, shown)
 
 
+def test_the_checker_names_classes_of_one_image_and_counts_without_bad_files_if_asked(tmp_path, capsys):
+    tree(tmp_path, {"ant": 3, "bee": 1, "cow": 2})
+    (tmp_path / "train" / "cow" / "0.png").write_bytes(b"junk")
+    flags = ["folder", "--data-dir", str(tmp_path)]
+    assert main(flags) == 1
+    shown = capsys.readouterr().out
+    assert "6 training images" in shown and "note: 1 class has one training image alone: bee\n" in shown
+    assert main([*flags, "--skip-bad-images"]) == 0
+    shown = capsys.readouterr().out
+    assert "5 training images" in shown and "2 classes have one training image alone: bee, cow\n" in shown
+
+
 def test_two_spellings_of_a_class_name_are_one_class(tmp_path):
     composed, decomposed = (unicodedata.normalize(form, "éclair") for form in ("NFC", "NFD"))
     train = [(f"train/{name}/0.png", c) for c, name in ((1, composed), (1, decomposed), (0, "ant"))]
