@@ -10,7 +10,6 @@ float32); the draw of the subset, where an .npz does not keep CIFAR's own order.
 """
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from tqdm import trange
 
 from common.data import load
 from common.evaluate import scores, table
-from common.folder import device_name, git_commit, versions
+from common.folder import atomic_write, device_name, git_commit, versions
 from common.loader import Augmentation, Cut, every_image, make_loader
 from common.ranks import autocast, bad_input, choose_device, derive_seed, generator
 from common.resnet import CifarResNet
@@ -43,9 +42,7 @@ def parse_args(argv=None):
 
 def step_lr(epoch):
     """The learning rate of a whole epoch, counted from 1: linear warm-up over 5, then two steps of .01."""
-    if epoch <= 5:
-        return 0.1 * epoch / 5
-    return 0.1 * (1 if epoch <= 160 else 0.01 if epoch <= 180 else 0.0001)
+    return 0.1 * epoch / 5 if epoch <= 5 else 0.1 * (1 if epoch <= 160 else 0.01 if epoch <= 180 else 0.0001)
 
 
 def build_net(num_classes):
@@ -59,7 +56,6 @@ def train_epoch(net, optimizer, batches, cast):
     """One pass, the last and smaller batch included. Returns the mean loss of its images."""
     net.train()
     total, count = 0.0, 0
-
     for images, targets, *_ in batches:
         with cast():
             loss = F.cross_entropy(net(images), targets)
@@ -67,7 +63,6 @@ def train_epoch(net, optimizer, batches, cast):
         loss.backward()
         optimizer.step()
         total, count = total + len(images) * loss.detach(), count + len(images)
-
     return (total / count).item()
 
 
@@ -76,15 +71,7 @@ def evaluate(net, loader, class_counts):
     """Scores over all of the loader's images, in float32: logits rounded to bf16 would tie."""
     net.eval()
     outputs = [(net(images), targets) for images, targets, *_ in every_image(loader)]
-    logits, targets = map(torch.cat, zip(*outputs))
-    return scores(logits, targets, class_counts)
-
-
-def replace_file(path, write):
-    """Call write(a new path); what it wrote then takes the place of `path` in one step."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
+    return scores(*map(torch.cat, zip(*outputs)), class_counts)
 
 
 def main(args):
@@ -96,16 +83,13 @@ def main(args):
     augmentation = Augmentation("standard", derive_seed(args.seed, "augmentation"))  # padded crop, flip
     train_loader = make_loader(data.train, data, Cut(128), device, augmentation)
     test_loader = make_loader(data.test, data, Cut(256), device)
-
     torch.manual_seed(derive_seed(args.seed, "initialisation"))
     net = build_net(data.num_classes).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=2e-4)
-    cast = autocast(device, args.amp)
-
+    cast, seconds = autocast(device, args.amp), 0.0  # of training, evaluation not among them
     settings = {name: getattr(args, name) for name in ("dataset", "imb_factor", "epochs", "seed", "amp")}
     log = [{"argv": sys.argv, "args": settings, "versions": versions(), "device": device_name("auto"),
             "git_commit": git_commit()}]
-    seconds = 0.0  # of training, evaluation not among them
     if last.exists():
         state = torch.load(last, map_location=device, weights_only=True)
         log = [json.loads(line) for line in state["log"].splitlines()]
@@ -124,20 +108,19 @@ def main(args):
         indices = torch.randperm(len(data.train), generator=generator(args.seed, "sampling", epoch))
         loss = train_epoch(net, optimizer, train_loader.batches(indices, epoch), cast)
         seconds += time.time() - started
-
         log.append({"epoch": epoch, "loss": loss, "lr": step_lr(epoch), "seconds": seconds})
         if epoch % 5 == 0 or epoch == args.epochs:
             log[-1].update(evaluate(net, test_loader, data.class_counts))
         lines = "".join(json.dumps(row) + "\n" for row in log)
         state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "log": lines}
-        replace_file(last, lambda path: torch.save(state, path))
-        replace_file(last.with_name("log.jsonl"), lambda path: path.write_text(lines))
+        atomic_write(last, lambda file: torch.save(state, file))
+        atomic_write(last.with_name("log.jsonl"), lambda file: file.write(lines.encode()))
 
     # the last epoch's scores, in the shape that common.summary reads
     stage = {"name": "cross-entropy", **log[-1], "images_per_second": args.epochs * len(data.train) / seconds}
     result = {"method": "anchor", "dataset": data.name, "seed": args.seed, **stage, "stages": [stage],
               "class_counts": data.class_counts.tolist(), **log[0]}
-    replace_file(last.with_name("result.json"), lambda path: path.write_text(json.dumps(result, indent=1)))
+    atomic_write(last.with_name("result.json"), lambda f: f.write(json.dumps(result, indent=1).encode()))
     print(table([(stage["name"], stage)]))
     return result
 

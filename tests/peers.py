@@ -7,19 +7,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from torchvision import models, transforms
 
-
-# ---------------------------------------------------------------- data and loop
 
 class PilImages(Dataset):
     """Item -> (normalised image [3, 32, 32], target), one image at a time."""
 
     def __init__(self, split, transform):
         self.split, self.transform = split, transform
-
-    def __len__(self):
-        return len(self.split)
 
     def __getitem__(self, index):
         return self.transform(Image.fromarray(self.split.images[index])), int(self.split.targets[index])
@@ -36,11 +31,10 @@ def pil_loader(data, batch_size, indices, workers, augmentation, pin_memory=Fals
                       num_workers=workers, pin_memory=pin_memory)
 
 
-def epoch(loss_of, optimizer, loader, device):
+def epoch(net, loss_of, optimizer, loader, device):
     """The loop; after every step the number of its images."""
     for images, targets in loader:
-        images, targets = images.to(device), targets.to(device)
-        loss = loss_of(images, targets)
+        loss = loss_of(net(images.to(device)), targets.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -48,39 +42,23 @@ def epoch(loss_of, optimizer, loader, device):
         yield len(images)
 
 
-# ---------------------------------------------------------------- nets
-
-class ResNetBlock(nn.Module):
-    """He et al., CVPR 2016: two 3x3 convolutions, shortcut of option A."""
-
-    def __init__(self, in_channels, channels, stride):
+class Residual(nn.Module):
+    def __init__(self, body, shortcut, activation):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.stride, self.pad = stride, (channels - in_channels) // 2
+        self.body, self.shortcut, self.activation = body, shortcut, activation
 
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        if self.stride > 1:
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad))
-        return F.relu(out + x)
+        return self.activation(self.body(x) + self.shortcut(x))
 
 
-class ResNet32(nn.Module):
-    def __init__(self, num_classes):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        widths = [16] * 6 + [32] * 5 + [64] * 5
-        self.layers = nn.Sequential(*(ResNetBlock(a, b, 1 if a == b else 2)
-                                      for a, b in zip(widths, widths[1:])))
-        self.linear = nn.Linear(64, num_classes)
-
-    def forward(self, images):
-        out = self.layers(F.relu(self.bn1(self.conv1(images))))
-        return self.linear(F.avg_pool2d(out, out.shape[-1]).flatten(1))
+def resnet_block(in_channels, channels, stride):
+    """He et al., CVPR 2016: two 3x3 convolutions, shortcut of option A."""
+    body = nn.Sequential(nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels),
+                         nn.ReLU(), nn.Conv2d(channels, channels, 3, 1, 1, bias=False),
+                         nn.BatchNorm2d(channels))
+    padding = (0, 0, 0, 0, *[(channels - in_channels) // 2] * 2)
+    halved = lambda x: F.pad(x[:, :, ::2, ::2], padding)
+    return Residual(body, nn.Identity() if stride == 1 else halved, nn.ReLU())
 
 
 class LearnableBias(nn.Module):
@@ -92,70 +70,68 @@ class LearnableBias(nn.Module):
         return x + self.bias.expand_as(x)
 
 
-class BinaryActivation(nn.Module):
-    """Bi-Real Net: sign forwards; backwards the derivative of a piecewise polynomial, by autograd. Masks are
-    turned into numbers where they are used, as ReActNet's public code does it."""
+class BinaryConvolution(nn.Conv2d):
+    """Bi-Real Net: signs forwards; backwards, for activations, the derivative of a piecewise polynomial, by
+    autograd. Masks are turned into numbers where they are used, as ReActNet's public code does it."""
 
     def forward(self, x):
         below, left, inside = x < -1, x < 0, x < 1
         out = (-1) * below.float() + (x * x + x * 2) * (1 - below.float())
         out = out * left.float() + (-x * x + x * 2) * (1 - left.float())
         out = out * inside.float() + 1 * (1 - inside.float())
-        return torch.sign(x).detach() - out.detach() + out
-
-
-class BinaryConvolution(nn.Conv2d):
-    def forward(self, x):
+        signs = torch.sign(x).detach() - out.detach() + out
         size = self.weight.abs().mean((1, 2, 3), keepdim=True).detach()
         binary, clipped = size * torch.sign(self.weight), self.weight.clamp(-1, 1)
-        return F.conv2d(x, binary.detach() - clipped.detach() + clipped, None, self.stride, self.padding)
+        return F.conv2d(signs, binary.detach() - clipped.detach() + clipped, None, self.stride, self.padding)
 
 
-class ReActBlock(nn.Module):
+def react_block(in_channels, channels, stride):
     """ReActNet's block on Bi-Real Net's ResNet-18."""
-
-    def __init__(self, in_channels, channels, stride):
-        super().__init__()
-        self.move, self.sign = LearnableBias(in_channels), BinaryActivation()
-        self.conv = BinaryConvolution(in_channels, channels, 3, stride, 1, bias=False)
-        self.bn = nn.BatchNorm2d(channels)
-        self.shortcut = nn.Identity() if stride == 1 else nn.Sequential(
-            nn.AvgPool2d(2), nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
-        self.act = nn.Sequential(LearnableBias(channels), nn.PReLU(channels), LearnableBias(channels))
-
-    def forward(self, x):
-        return self.act(self.bn(self.conv(self.sign(self.move(x)))) + self.shortcut(x))
+    body = nn.Sequential(LearnableBias(in_channels), BinaryConvolution(
+        in_channels, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels))
+    shortcut = nn.Identity() if stride == 1 else nn.Sequential(
+        nn.AvgPool2d(2), nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
+    activation = nn.Sequential(LearnableBias(channels), nn.PReLU(channels), LearnableBias(channels))
+    return Residual(body, shortcut, activation)
 
 
-class TextbookReActNet18(nn.Sequential):
-    def __init__(self, num_classes, width=64):
-        widths = [width] * 5 + [2 * width] * 4 + [4 * width] * 4 + [8 * width] * 4
-        super().__init__(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width),
-                         *(ReActBlock(a, b, 1 if a == b else 2) for a, b in zip(widths, widths[1:])),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, num_classes))
+def net_of(block, widths, num_classes, *activation):
+    """A net for small images: 3x3 convolution, blocks from each width to the next, mean, classifier."""
+    blocks = (block(a, b, 1 if a == b else 2) for a, b in zip(widths, widths[1:]))
+    return nn.Sequential(nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), *activation,
+                         *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
 
 
-class Attention(nn.Module):
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+def resnet32(num_classes):
+    return net_of(resnet_block, [16] * 6 + [32] * 5 + [64] * 5, num_classes, nn.ReLU())
 
-    def forward(self, x):
-        n, length, width = x.shape
-        q, k, v = self.qkv(x).reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attention = (q @ k.transpose(-2, -1) * (width // self.heads) ** -0.5).softmax(-1)
-        return self.proj((attention @ v).transpose(1, 2).reshape(n, length, width))
+
+def resnet18(num_classes):
+    net = models.resnet18(num_classes=num_classes)
+    net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()  # for small images
+    return net
+
+
+def resnet152_encoder():
+    return nn.Sequential(*list(models.resnet152().children())[:-2]).eval().requires_grad_(False)
+
+
+def reactnet18(num_classes, width=64):
+    return net_of(react_block, [width] * 5 + [2 * width] * 4 + [4 * width] * 4 + [8 * width] * 4, num_classes)
 
 
 class TransformerBlock(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads)
+        self.heads, self.norm1, self.norm2 = heads, *(nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
+        n, length, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attention = (q @ k.transpose(-2, -1) * (width // self.heads) ** -0.5).softmax(-1)
+        x = x + self.proj((attention @ v).transpose(1, 2).reshape(n, length, width))
         return x + self.mlp(self.norm2(x))
 
 
@@ -180,24 +156,21 @@ class TextbookViT(nn.Module):
 class TextbookMAE(TextbookViT):
     """Masked autoencoder (He et al., CVPR 2022): images -> mean squared error on the masked patches."""
 
-    def __init__(self, image_size, patch_size, width, depth, heads, decoder_width, decoder_depth,
-                 decoder_heads):
-        super().__init__(image_size, patch_size, width, depth, heads, 0)
-        self.patch_size, length = patch_size, self.positions.shape[1]
+    def __init__(self, decoder_width, decoder_depth, decoder_heads, patch_size, width, **sizes):
+        super().__init__(patch_size=patch_size, width=width, **sizes, num_classes=0)
+        self.patch_size = patch_size
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
-        self.decoder_positions = nn.Parameter(torch.zeros(1, length, decoder_width))
+        fixed = torch.zeros(1, self.positions.requires_grad_(False).shape[1], decoder_width)
+        self.decoder_positions = nn.Parameter(fixed, requires_grad=False)
         self.decoder_embed = nn.Linear(width, decoder_width)
-        self.decoder = nn.Sequential(*(TransformerBlock(decoder_width, decoder_heads)
-                                       for _ in range(decoder_depth)))
-        self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
-        self.predict = nn.Linear(decoder_width, 3 * patch_size ** 2)
-        for positions in (self.positions, self.decoder_positions):
-            positions.requires_grad_(False)
+        blocks = (TransformerBlock(decoder_width, decoder_heads) for _ in range(decoder_depth))
+        self.decoder = nn.Sequential(*blocks, nn.LayerNorm(decoder_width, eps=1e-6),
+                                     nn.Linear(decoder_width, 3 * patch_size ** 2))
 
     def forward(self, images):
         x = self.embed(images).flatten(2).transpose(1, 2) + self.positions[:, 1:]
         n, length, width = x.shape
-        kept = length // 4
+        kept, p, side = length // 4, self.patch_size, math.isqrt(length)
         order = torch.rand(n, length, device=x.device).argsort(1)
         restore = order.argsort(1)
         x = x.gather(1, order[:, :kept, None].expand(-1, -1, width))
@@ -205,9 +178,7 @@ class TextbookMAE(TextbookViT):
         x = self.decoder_embed(self.norm(self.blocks(torch.cat([first, x], 1))))
         tokens = torch.cat([x[:, 1:], self.mask_token.expand(n, length - kept, -1)], 1)
         tokens = tokens.gather(1, restore[..., None].expand(-1, -1, tokens.shape[2]))
-        x = self.decoder(torch.cat([x[:, :1], tokens], 1) + self.decoder_positions)
-        predicted = self.predict(self.decoder_norm(x))[:, 1:]
-        p, side = self.patch_size, math.isqrt(length)
+        predicted = self.decoder(torch.cat([x[:, :1], tokens], 1) + self.decoder_positions)[:, 1:]
         target = images.reshape(n, 3, side, p, side, p).permute(0, 2, 4, 3, 5, 1).reshape(n, length, -1)
         mean, variance = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
         error = (predicted - (target - mean) / (variance + 1e-6) ** 0.5).square().mean(-1)
