@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from common.evaluate import nearest_class_mean, scores
 from common.flags import BOOLEAN, Parser, count, fraction, number, positive, text
 from common.folder import load_net
-from common.ranks import bad_input
+from common.ranks import bad_input, first_rank_first
 from common.resnet import ARCHS, CosineClassifier, build_backbone
 from common.run import Run
 
@@ -351,7 +351,8 @@ def main(args):
         given = [load_model(path, run.data.class_names, args.arch) for path in args.teacher_checkpoints or []]
         run.normalise_as(*(saved for _, saved in given), paths=args.teacher_checkpoints)
         kinds = [saved["augmentation"] for _, saved in given] or kinds
-        build_backbone(args.arch, run.data.image_size)  # fails now if it cannot be built
+        with first_rank_first():  # which downloads the weights; fails now if it cannot be built
+            build_backbone(args.arch, run.data.image_size, pretrained=args.pretrained)
         # paper: crt's epochs and lr not given / here: 10 as classifier-balancing@f162ade, at stage one's lr
         second_epochs = args.second_stage_epochs or (10 if args.second_stage in FROM_TEACHER else args.epochs)
         trained = [] if given else [args.epochs] * (1 if args.only_teacher else len(kinds))

@@ -309,7 +309,8 @@ def main(argv=None):
         print("note: there are no published images per class to compare with")
     wrong = check(data, published, args.fast, args.workers)
     if wrong:
-        print(f"{len(wrong)} things are wrong" + (", the first ten:" if len(wrong) > 10 else ":"))
+        things = "thing is" if len(wrong) == 1 else "things are"
+        print(f"{len(wrong)} {things} wrong" + (", the first ten:" if len(wrong) > 10 else ":"))
         print("\n".join(wrong[:10]))
         return 1
     print("every file is there" + (" (not decoded)" if args.fast else " and decodes"))

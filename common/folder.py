@@ -254,7 +254,8 @@ class Folder:
         differing = [key for key in now if key not in MAY_CHANGE and now[key] != saved.get(key)]
         if differing:
             reasons.append("other settings: " + ", ".join(
-                f"--{key.replace('_', '-')} {saved.get(key)}, now {now[key]}" for key in differing))
+                f"--{key.replace('_', '-')} {saved.get(key)}, now {now[key]}" for key in differing)
+                + "; give those of then, or name another --out")
         if state["data"] != self.data:
             was, here = first_difference(state["data"]["class_names"], self.data["class_names"])
             other = f"a class was {was}, now {here}" if was != here else \

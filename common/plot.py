@@ -365,9 +365,12 @@ def main(argv=None):
     add("--out", metavar="FILE", help="ends in .png, .svg or .pdf (KIND.png)")
     args = parser.parse_args(argv)
     args.flag = args.flag and args.flag.strip("-").replace("-", "_")
-    out = args.out or f"{args.kind}.png"
+    out, files = args.out or f"{args.kind}.png", [path for path in args.runs if Path(path).is_file()]
     try:
-        save(KINDS[args.kind]([read_run(path) for path in args.runs], args), out)
+        runs = [read_run(path) for path in args.runs if path not in files]  # `runs/*` may hold other files
+        if not runs:
+            raise ValueError(f"there is no folder of a run among {', '.join(files)}")
+        save(KINDS[args.kind](runs, args), out)
     except (ValueError, OSError) as reason:
         print(f"error: {reason}", file=sys.stderr)
         sys.exit(2)

@@ -19,6 +19,7 @@ import copy
 import textwrap
 import time
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -245,7 +246,8 @@ class Run:
 
     def report(self):
         """Print the table of the stages."""
-        say(table([(stage["name"], stage) for stage in self.stages]))
+        name = (lambda path: Path(path).name) if self.args.evaluate else str  # a path would not fit
+        say(table([(name(stage["name"]), stage) for stage in self.stages]))
 
     def epochs(self, name, file, model, optimizer, epochs, augmentation="standard", batch_size=None, **about):
         """The epochs of a stage that are still to be done: all; those behind where a resumed run was cut off;
@@ -267,7 +269,7 @@ class Run:
         state = self._open_stage(name, parts, optimizer)
         self._warn_of_few_steps(name, epochs, batch_size)
         if state["epoch"] or state["step"]:
-            say(f"{name}: goes on behind epoch {state['epoch']} of {epochs}, step {state['step']}")
+            say(f"{name}: goes on after epoch {state['epoch']} of {epochs}, step {state['step']}")
         self.bar = self._bar(name, len(done), state["epoch"], epochs)
         peak_memory(self.device)  # from here on
         for number in range(state["epoch"], epochs):

@@ -33,7 +33,7 @@ class Stop:
             self.signal, self.since = number, time.monotonic()
             if sys.stderr is not None:
                 with contextlib.suppress(OSError):  # | tee has got the same signal, and is gone
-                    os.write(2, b"\nstopping behind this step, with a checkpoint; "
+                    os.write(2, b"\nstopping after this step, with a checkpoint; "
                                 b"another signal ends the run at once\n")
         elif number != self.signal or time.monotonic() - self.since > SAME_WISH:
             signal.signal(number, signal.SIG_DFL)

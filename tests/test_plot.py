@@ -228,8 +228,10 @@ def test_what_cannot_be_drawn_is_one_line_that_says_what_there_is(tmp_path, two_
     many = write_run(tmp_path / "many", *(stage(f"teacher {i}", [i] * 4) for i in range(9)))
     for argv, words in (
             (["classes", tmp_path / "nowhere"], "not the folder of a run"),
+            (["classes", __file__], f"there is no folder of a run among {__file__}"),
             (["classes", *two_seeds, "--out", "picture.gif"], ".png, .svg or .pdf"),
             (["classes", *two_seeds, "--stages", "studnet"], "'teacher 1', 'student', not of 'studnet'"),
             (["curves", *two_seeds, "--values", "accuracy"], "loss"),
             (["curves", many], "--stages from 'teacher 0'")):
         assert words in told(capsys, *argv)
+    assert "wrote" in told(capsys, "classes", *two_seeds, __file__, "--out", tmp_path / "picture.png")

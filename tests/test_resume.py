@@ -19,7 +19,7 @@ LONG = ("--epochs", "1000", "--out", "run")
 def test_a_run_cut_off_behind_every_step_is_the_uninterrupted_one_bit_for_bit(
         method, whole, tmp_path, capsys):
     _, cuts = run_in_parts(method, tmp_path)
-    assert cuts >= 12 and ": goes on behind epoch 0 of 2, step 1" in capsys.readouterr().out
+    assert cuts >= 12 and ": goes on after epoch 0 of 2, step 1" in capsys.readouterr().out
     assert_same_run(whole(method)[0], tmp_path / "parts")
 
 

@@ -291,6 +291,11 @@ EDGES = {
               "--kl-reduction sum"}
 
 
+@pytest.mark.parametrize("method", ["cbd", "async_lt"])
+def test_weights_that_cannot_be_had_are_one_line_before_anything_is_written(method, tmp_path, capsys):
+    assert "no ImageNet weights for resnet14 at 8 pixels" in refused(capsys, method, tmp_path, "--pretrained")
+
+
 @by_method
 def test_bad_input_is_one_error_line_and_writes_nothing(method, tmp_path, capsys):
     for flags, words in BAD_FLAGS:
