@@ -72,7 +72,7 @@ def parse_args(argv=None):
     add("--scale", type=positive, default=10.0, help="of the cosine classifier, at the start")
     add("--arch", choices=ARCHS, metavar="F", help="resnet14, 20, 32, 44, 56, 110; 10, 18, 34, 50, 101, 152")
     add("--pretrained", action=BOOLEAN, default=False, help="start from ImageNet weights")
-    add("--plain-epochs", type=count, help="(--epochs)")
+    add("--plain-epochs", type=count, help="(--epochs) of the baseline")
     add("--phase-two-epochs", type=count, help="(--epochs) over the memory bank and the rest")
     add("--feature-lr", type=number, help="(--lr) of the backbone")
     add("--plain-lr", type=number, help="(--lr)")

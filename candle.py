@@ -82,7 +82,7 @@ def parse_args(argv=None):
     add("--binarize", action=BOOLEAN, default=True, help="--no-binarize: its full-precision twin")
     add("--classifier", choices=["linear", "cosine"], default="linear", help="of the student (Table 9)")
     add("--student-optimizer", choices=["adam", "sgd"], default="adam", help="sgd: Figure 8")
-    add("--student-sampling", choices=["instance", "class-balanced"], default="instance")
+    add("--student-sampling", choices=["instance", "class-balanced"], default="instance", help="stage B")
     add("--teacher", type=text, help="CIFAR ResNet (resnet56), torchvision's name of a net, or timm:NAME")
     add("--teacher-weights", type=text, metavar="FILE", help="its state dict, or: ImageNet-1K, embedded")
     add("--teacher-normalisation", type=number, nargs=6, metavar="X", help="mean, std of what it learnt from")

@@ -84,7 +84,8 @@ def save_checkpoint(path, content):
 def load_checkpoint(path):
     """Read what `save_checkpoint` wrote, onto the CPU; executes no code from the file. Raises ValueError."""
     if not Path(path).is_file():
-        raise ValueError(f"no such checkpoint: {path}")
+        why = " is a folder; name a file in it, such as student.pt or model.pt" if Path(path).is_dir() else ""
+        raise ValueError(f"no such checkpoint: {path}{why}")
     damage = damage_of(path)
     if damage:
         raise ValueError(f"cannot read the checkpoint {path}: {damage}")

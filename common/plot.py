@@ -41,6 +41,7 @@ from common.evaluate import COLUMNS, predict, shot_groups
 from common.figure import COLOURS, save
 from common.loader import Cut, make_loader
 from common.predict import load_any
+from common.ranks import fail
 from common.summary import differing_flags, group_stages, once_a_seed
 
 SIZE, RANK = "training images of the class", "class, most to least frequent"
@@ -356,6 +357,7 @@ KINDS = {"classes": classes, "gain": gain, "curves": curves, "reliability": reli
 def main(argv=None):
     parser = argparse.ArgumentParser("python -m common.plot", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
     add = parser.add_argument
     add("kind", choices=KINDS, metavar="KIND", help="as above")
     add("runs", nargs="+", metavar="RUNS", help="run folders")
@@ -372,8 +374,7 @@ def main(argv=None):
             raise ValueError(f"there is no folder of a run among {', '.join(files)}")
         save(KINDS[args.kind](runs, args), out)
     except (ValueError, OSError) as reason:
-        print(f"error: {reason}", file=sys.stderr)
-        sys.exit(2)
+        fail(reason)
     print(f"wrote {out}")
 
 

@@ -227,6 +227,7 @@ def test_what_cannot_be_drawn_is_one_line_that_says_what_there_is(tmp_path, two_
     pytest.importorskip("matplotlib")
     many = write_run(tmp_path / "many", *(stage(f"teacher {i}", [i] * 4) for i in range(9)))
     for argv, words in (
+            (["pie", tmp_path], "invalid choice: 'pie'"),
             (["classes", tmp_path / "nowhere"], "not the folder of a run"),
             (["classes", __file__], f"there is no folder of a run among {__file__}"),
             (["classes", *two_seeds, "--out", "picture.gif"], ".png, .svg or .pdf"),
