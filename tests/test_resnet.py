@@ -80,7 +80,8 @@ def test_imagenet_nets_keep_the_map_up_to_64_pixels_and_start_each_last_gamma_at
         assert not last_gamma.any() and (gamma == 1).all()
 
 
-@pytest.mark.parametrize("arch, side", [("resnet14", 4), ("resnet18", 32), ("resnet50", 32)])
+@pytest.mark.parametrize("arch, side", [("resnet14", 4), ("resnet10", 32), ("resnet18", 32),
+                                        ("resnet50", 32)])
 def test_weights_load_and_without_the_last_relu_features_are_those_before_it(arch, side):
     torch.manual_seed(0)
     net = with_statistics(build_backbone(arch, 224))
