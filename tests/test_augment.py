@@ -164,5 +164,7 @@ def test_mixing_mixes_images_and_targets_alike():
             share = mixed.mean((2, 3)).diagonal()  # of image i in mixture i, by pixels
             assert share.tolist() == pytest.approx(soft[range(3), targets[:3]].tolist(), abs=1e-5)
     assert kinds == {"both": {True, False}, "CutMix": {True}}
+    alone = [mixup_cutmix(5, 0, 1)(images, targets)[0] for _ in range(9)]
+    assert not all(torch.equal(mixed, images) for mixed in alone)
     same, hard = mixup_cutmix(5, 0, 0)(images, targets)
     assert torch.equal(same, images) and torch.equal(hard, torch.eye(5)[targets])

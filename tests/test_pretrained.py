@@ -89,7 +89,8 @@ def test_flipped_bits_and_cut_ends_are_seen(tmp_path):
         refuse(path, "x.pt")
 
 
-def test_what_holds_no_weights_is_described(tmp_path):
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_what_holds_no_weights_is_described_and_what_is_no_plain_tensor_counts_as_missing(tmp_path):
     cycle = {}
     cycle["model"] = cycle
     for content, words in (([1, 2], "holds a list"), (None, "holds a NoneType"), (cycle, "1 entries .model."),
@@ -103,9 +104,6 @@ def test_what_holds_no_weights_is_described(tmp_path):
     for name in ("nowhere.pt", ""):
         refuse(tmp_path / name, "no such file")
 
-
-@pytest.mark.filterwarnings("ignore:Validating sparse")
-def test_what_is_no_plain_tensor_counts_as_missing(tmp_path):
     state = CifarResNet(14).state_dict()
     plain = state["conv1.weight"]
     for value in (plain.to_sparse(), plain.to("meta"), plain.to(torch.complex64), 3, None):

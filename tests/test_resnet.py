@@ -21,10 +21,6 @@ from common.resnet import (ARCHS, CifarResNet, CosineClassifier, build_backbone,
 CLASSIFIER = {"fc.weight": torch.zeros(9, 64), "fc.bias": torch.zeros(9)}
 
 
-def parameters_of(module):
-    return sum(p.numel() for p in module.parameters())
-
-
 def with_statistics(net):
     """The net in eval mode, with batch norms that do something."""
     for module in net.modules():
@@ -41,7 +37,8 @@ def test_cifar_nets_have_as_many_weight_layers_as_their_names_say_and_start_kaim
         with torch.device("meta"):  # shapes without memory or initialisation
             widths = [m.out_channels for m in build_backbone(arch).modules() if isinstance(m, nn.Conv2d)]
         assert widths == [16] * (1 + 2 * n) + [32] * 2 * n + [64] * 2 * n  # and the classifier
-    assert parameters_of(CifarResNet(32)) + parameters_of(nn.Linear(64, 10)) == 464_154
+    with_classifier = nn.ModuleList([CifarResNet(32), nn.Linear(64, 10)])
+    assert sum(p.numel() for p in with_classifier.parameters()) == 464_154
 
     torch.manual_seed(0)
     for name, weight in CifarResNet(14).named_parameters():
@@ -58,7 +55,8 @@ def test_imagenet_nets_have_the_published_sizes():
         for net in nets.values():
             assert net(torch.empty(2, 3, 224, 224)).shape == (2, net.feature_dim)
     # torchvision's documentation, with its classifier over 1000 classes
-    sizes = {arch: parameters_of(net) + 1000 * (net.feature_dim + 1) for arch, net in nets.items()}
+    sizes = {arch: 1000 * (net.feature_dim + 1) + sum(p.numel() for p in net.parameters())
+             for arch, net in nets.items()}
     # ResNet-10 is ResNet-18 without the second block of each group: two 3x3 convolutions and their norms
     resnet10 = 11_689_512 - sum(2 * 9 * w * w + 4 * w for w in (64, 128, 256, 512))
     assert sizes == {"resnet10": resnet10, "resnet18": 11_689_512, "resnet34": 21_797_672,
@@ -142,23 +140,18 @@ class Payload(type(Path())):
         return Path.touch, (Path(self),)
 
 
-@pytest.fixture
-def cached(tmp_path, monkeypatch):
-    """cached(content): the address of a file in torch.hub's cache with the hash of its name; no network."""
-    folder = tmp_path / "hub" / "checkpoints"
+def test_a_cached_file_is_read_if_its_hash_is_that_of_its_name_and_no_code_of_it_runs(tmp_path, monkeypatch):
+    marker, folder = Payload(tmp_path / "ran"), tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.urlopen", Mock(side_effect=OSError("no network")))
 
-    def of(content):
+    def cached(content):
+        """The address of a file in torch.hub's cache with the hash of its name."""
         torch.save(content, folder / "file")
         digest = hashlib.sha256((folder / "file").read_bytes()).hexdigest()
         return "https://nowhere.invalid/" + (folder / "file").rename(folder / f"net-{digest[:8]}.pth").name
-    return of
 
-
-def test_a_cached_file_is_read_if_its_hash_is_that_of_its_name_and_no_code_of_it_runs(cached, tmp_path):
-    marker, folder = Payload(tmp_path / "ran"), tmp_path / "hub" / "checkpoints"
     torch.save({"conv1.weight": marker}, folder / "resnet152-394f9c45.pth")
     for ask in (lambda: imagenet_weights("resnet152"), lambda: build_encoder("resnet152", "ImageNet-1K"),
                 lambda: build_backbone("resnet152", 224, pretrained=True)):
