@@ -75,7 +75,8 @@ def parse_args(argv=None):
     add("--ablation", action=BOOLEAN, default=False, help="Table 3: four rows")
     add("--calibration", action=BOOLEAN, default=True, help="--no-calibration: Table 3's baseline alone")
     add("--baseline", action=BOOLEAN, default=True, help="train the baseline too, for the gains over it")
-    add("--from-scratch", nargs="?", const="ce", choices=["ce", "tau-norm", "balanced-softmax"])
+    add("--from-scratch", nargs="?", const="ce", choices=["ce", "tau-norm", "balanced-softmax"],
+        help="a student of the labels alone, without a teacher (ce)")
     add("--arch", choices=NETS, help="of the student")
     add("--student-width", type=positive, help="factor of its channels")
     add("--student-resolution", type=count, help="pixels")
@@ -265,10 +266,9 @@ def calibrate(run, file, teacher):
         indices = equal_class_indices(run.targets, epoch.generator)
         for images, targets, share, ends_step in epoch.batches(indices):
             with run.autocast():
-                logits, _ = teacher(images)
-                loss = share * label_aware_smoothing_loss(logits, targets, counts, *args.smoothing)
-            loss.backward()
-            epoch.track(loss=loss)
+                loss = label_aware_smoothing_loss(teacher(images)[0], targets, counts, *args.smoothing)
+            (share * loss).backward()
+            epoch.track(loss=share * loss)
             if ends_step:
                 run.sum_gradients(teacher)
                 optimizer.param_groups[0]["lr"] = cosine_lr(epoch.progress, args.calibration_lr)
