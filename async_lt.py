@@ -162,7 +162,7 @@ def memory_retentive_loss(old, new, temperature=0.1, similarity="cos"):
     else:  # paper: no temperature / here: .1, as at 1 it is nearly uniform and draws all nodes to their mean
         attention = (s / temperature).softmax(1)  # Eq. (6): a_ji at [i, j]
 
-    distances = torch.cdist(old, new, compute_mode="donot_use_mm_for_euclid_dist")  # gradient 0 at 0, not nan
+    distances = torch.cdist(old, new, compute_mode="donot_use_mm_for_euclid_dist")  # 0 where they agree
     mu = (attention * distances).sum(1)  # Eq. (7), whose sum is meant over j
     return mu.mean()  # Eq. (8). paper: the sum / here: the mean, as in Eq. (9)'s other terms
 

@@ -318,13 +318,14 @@ class Run:
             return fresh
         with _fits(f"{name} is begun", self.folder.path / "last.pt"):  # by an earlier version, say
             types = {key: type(value) for key, value in fresh.items() if value is not None}
-            if not holds(self.folder.state["progress"], types):
+            progress = self.folder.state["progress"]
+            if not holds(progress, types) or progress["losses"].shape[-1:] != (progress["step"],):
                 raise ValueError("its progress is no such stage's")
             parts.load_state_dict(self.folder.state["model"])
             saved = self.folder.state["optimizer"]
             for each, its in zip(optimizer, saved) if isinstance(optimizer, list) else [(optimizer, saved)]:
                 each.load_state_dict(its)
-            return self.folder.state["progress"]
+            return progress
 
     def save_stage(self, state, parts, optimizer):
         """Write last.pt in the middle of a stage."""

@@ -45,15 +45,19 @@ class Stop:
         self.steps += 1
         if ranks() > 1 and self.steps % 16:
             return False
-        late = self.minutes is not None and time.time() - self.started > 60 * self.minutes
-        stops = self.signal is not None or late
+        stops = self.signal is not None or self._late()
         return stops if ranks() == 1 else \
             bool(sum_ranks(torch.tensor(float(stops), device=self.device)).item())
 
+    def _late(self):
+        return self.minutes is not None and time.time() - self.started > 60 * self.minutes
+
     def end(self, folder):
-        """End the process: exit code 0 for --time-limit, 128 + the signal's number else."""
+        """End the process: exit code 128 + the signal's number; 0 for --time-limit, or for another rank's
+        wish."""
         self.close()
-        reason = "--time-limit" if self.signal is None else signal.Signals(self.signal).name
+        reason = signal.Signals(self.signal).name if self.signal is not None else \
+            "--time-limit" if self._late() else "another rank"
         say(f"stopped by {reason}; the same command with --resume --out {folder} goes on")
         sys.exit(0 if self.signal is None else 128 + self.signal)
 

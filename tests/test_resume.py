@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from common.stop import Stop
 from tests.tiny import (METHODS, assert_same_run, ended, image_folder, log_rows, noise_npz, run_in_parts,
                         start, wait_for)
 
@@ -77,6 +78,13 @@ def test_a_signal_ends_the_step_in_flight_writes_a_checkpoint_and_says_how_to_go
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]
     assert saved["epoch"] == log_rows(tmp_path / "run")[-1]["epoch"]
     assert saved["losses"].shape == (1, saved["step"])
+
+
+@pytest.mark.parametrize("minutes, by", [(None, "another rank"), (0, "--time-limit")])
+def test_a_run_without_a_signal_of_its_own_names_what_stopped_it(minutes, by, capsys):
+    with pytest.raises(SystemExit) as end:
+        Stop(minutes, torch.device("cpu")).end("run")
+    assert end.value.code == 0 and f"stopped by {by};" in capsys.readouterr().out
 
 
 def slow_steps():

@@ -232,13 +232,18 @@ def test_a_finished_stage_whose_net_is_gone_cut_or_another_s_is_one_line(method,
         assert same_weights(finished / last, folder / last)
 
 
-def test_a_begun_stage_of_another_net_is_one_line(tmp_path, capsys):
+def test_a_begun_stage_of_another_net_or_step_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("cbd", tmp_path, "--time-limit", "0")
-    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    state["model"]["renamed"] = state["model"].popitem()[1]  # as an earlier version of the code had it
-    torch.save(state, tmp_path / "run" / "last.pt")
-    assert "is begun, but" in refused(capsys, "cbd", tmp_path, "--resume", name="run")
+    shutil.copy(tmp_path / "run" / "last.pt", tmp_path / "good")
+    for part in ("model", "progress"):
+        state = torch.load(tmp_path / "good", weights_only=True)
+        if part == "model":
+            state["model"]["renamed"] = state["model"].popitem()[1]  # as an earlier version of the code had it
+        else:
+            state["progress"]["step"] += 1  # its losses are fewer
+        torch.save(state, tmp_path / "run" / "last.pt")
+        assert "is begun, but" in refused(capsys, "cbd", tmp_path, "--resume", name="run"), part
 
 
 @by_method
