@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from common.ranks import ranks, say, sum_ranks
+from common.ranks import rank, ranks, say, sum_ranks
 
 # seconds in which the same signal again is the same wish: schedulers signal every process, and torchrun
 # hands on what it got itself
@@ -31,7 +31,7 @@ class Stop:
     def _remember(self, number, frame):
         if self.signal is None:
             self.signal, self.since = number, time.monotonic()
-            if sys.stderr is not None:
+            if rank() == 0 and sys.stderr is not None:
                 with contextlib.suppress(OSError):  # | tee has got the same signal, and is gone
                     os.write(2, b"\nstopping after this step, with a checkpoint; "
                                 b"another signal ends the run at once\n")
