@@ -111,7 +111,7 @@ class Parser(argparse.ArgumentParser):
         add("--skip-bad-images", action=BOOLEAN, default=False, help="leave out what cannot be decoded")
 
     def _add_optimisation_flags(self, add):
-        add("--epochs", type=count, help="of each stage")
+        add("--epochs", type=count, help="of each stage without a flag of its own")
         add("--batch-size", type=count, help="global, over all ranks")
         add("--lr", type=number, help="at the first step, for the given batch size")
         add("--weight-decay", type=number, help="on all parameters")
