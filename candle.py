@@ -11,8 +11,8 @@ the features (L_FS), in a balance lambda that is learnt by maximising what the e
     python candle.py --export runs/candle_fashion_lt_seed0/student.pt    # 1-bit weights, for deployment
     torchrun --nproc_per_node 8 candle.py --dataset places_lt --data-dir /data/places
 
-Expect (embedded validation images, --quick, 3 seeds; results/candle.md): teacher 74.9, CANDLE 70.3 +- 1.3,
-with --student-sampling class-balanced, which is ours, 72.2 +- .3.
+Expect (embedded images, 3 seeds; results/candle.md): baseline 67.0 +- 1.4, teacher 75.6, CANDLE 72.3 +- .2.
+With --quick, on validation images: 70.3; --student-sampling class-balanced, which is ours: 72.2.
 
 `paper:` marks a departure or a choice, results/candle.md lists the others. [D]: earlier public code of the
 first author, caisarl76's fork of BalancedMetaSoftmax-Classification@5c1eabf.
